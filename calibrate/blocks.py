@@ -1,0 +1,148 @@
+"""The decoder blocks of a causal LM, found by structure, and what goes into them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from transformers import PreTrainedModel
+
+from calibrate.config import CalibrationError
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One decoder block of the model as loaded (on the CPU, never modified)."""
+
+    name: str  # as in the checkpoint, e.g. model.layers.0
+    module: nn.Module
+
+    def linears(self) -> dict[str, nn.Linear]:
+        """Linear layers by name relative to the block."""
+        return {name: layer for name, layer in self.module.named_modules() if isinstance(layer, nn.Linear)}
+
+    def unowned_matrices(self) -> list[str]:
+        """Full names of parameters of two or more dimensions that no linear layer owns."""
+        owned = {id(layer.weight) for layer in self.linears().values()}
+        return [
+            f"{self.name}.{name}" for name, p in self.module.named_parameters() if p.ndim >= 2 and id(p) not in owned
+        ]
+
+
+def find_blocks(model: PreTrainedModel) -> list[Block]:
+    """The ModuleList with one entry per hidden layer that holds the most parameters.
+
+    Raises:
+        CalibrationError: there is none.
+    """
+    layers = model.config.get_text_config().num_hidden_layers
+    stacks = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == layers
+    }
+    if not stacks:
+        raise CalibrationError(f"{type(model).__name__} has no ModuleList of {layers} decoder blocks")
+    name = max(stacks, key=lambda name: sum(p.numel() for p in stacks[name].parameters()))
+    return [Block(f"{name}.{index}", module) for index, module in enumerate(stacks[name])]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockInputs:
+    """What the model hands to its blocks."""
+
+    hidden: Tensor  # [S, T, H]: samples, tokens, features; input of the first block
+    arguments: list[dict[str, Any]]  # of each block: everything but the hidden states, the same for every sample
+
+
+@torch.no_grad()
+def capture_inputs(model: PreTrainedModel, blocks: list[Block], samples: Tensor, dtype: torch.dtype) -> BlockInputs:
+    """Run embeddings, masks and position embeddings, but no block.
+
+    Args:
+        samples: [S, T] token ids without padding.
+        dtype: compute type of the hidden states.
+
+    Raises:
+        CalibrationError: a block takes arguments that depend on the sample.
+    """
+    hidden: list[Tensor] = []
+    arguments: list[dict[str, Any]] = []
+    embed = model.get_input_embeddings()
+    for sample in samples:
+        calls = _record_calls(model, blocks, embed(sample[None]).to(dtype))
+        hidden.append(calls[0][0])
+        if not arguments:
+            arguments = [kwargs for _, kwargs in calls]
+        for block, first, (_, kwargs) in zip(blocks, arguments, calls, strict=True):
+            if not _same(first, kwargs):
+                raise CalibrationError(f"{block.name} takes arguments that differ between samples; not supported")
+    return BlockInputs(torch.cat(hidden), arguments)
+
+
+def run_block(block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """hidden [B, T, H] -> [B, T, H]."""
+    out = block(hidden, **arguments)
+    if not isinstance(out, Tensor):
+        raise TypeError(f"{type(block).__name__} returns {type(out).__name__}, expected one tensor of hidden states")
+    return out
+
+
+def to_device(block: Block, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A working copy of a block: on ``device``, in ``dtype``, in inference mode."""
+    return copy.deepcopy(block.module).to(device=device, dtype=dtype).eval()
+
+
+def move_arguments(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The tensors of a block's arguments on ``device``."""
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), arguments)
+
+
+class _AllCaptured(Exception):
+    """Raised by the last block's stand-in: nothing after it is needed."""
+
+
+def _record_calls(model: PreTrainedModel, blocks: list[Block], embeds: Tensor) -> list[tuple[Tensor, dict[str, Any]]]:
+    """Hidden states and keyword arguments of every block for one sample; each block passes its input on."""
+    calls: list[tuple[Tensor, dict[str, Any]]] = []
+
+    def stand_in(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args:
+            raise CalibrationError(f"{type(model).__name__} calls its blocks with positional arguments; not supported")
+        calls.append((hidden_states, kwargs))
+        if len(calls) == len(blocks):
+            raise _AllCaptured
+        return hidden_states
+
+    with _forward_replaced([block.module for block in blocks], stand_in):
+        try:
+            model.base_model(inputs_embeds=embeds, use_cache=False)
+        except _AllCaptured:
+            return calls
+    raise CalibrationError(f"{type(model).__name__} called {len(calls)} of its {len(blocks)} blocks")
+
+
+@contextmanager
+def _forward_replaced(modules: list[nn.Module], forward: Any) -> Iterator[None]:
+    for module in modules:
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward  # uncovers the method of the class
+
+
+def _same(left: Any, right: Any) -> bool:
+    left_leaves, left_spec = pytree.tree_flatten(left)
+    right_leaves, right_spec = pytree.tree_flatten(right)
+    return left_spec == right_spec and all(
+        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
+        for a, b in zip(left_leaves, right_leaves, strict=True)
+    )

@@ -1,0 +1,124 @@
+"""Write a checkpoint: one safetensors shard a block as soon as it is finished, then everything else, all or nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from calibrate.blocks import Block
+from calibrate.source import WEIGHT_FILES, Source
+from vllm_autoround.format.codec import QuantizedWeight
+from vllm_autoround.format.manifest import FORMAT_VERSION, MARKER, Manifest, to_compressed_tensors, verify_tensors
+
+
+class CheckpointWriter:
+    """Collects a checkpoint in ``<out>.partial`` and renames the folder to ``out`` once it is whole.
+
+    As a context manager it removes the partial folder when the run fails; one left by a killed run is replaced.
+    """
+
+    def __init__(self, out: Path, source: Source, blocks: Sequence[Block]) -> None:
+        self.out = out
+        self.partial = out.with_name(out.name + ".partial")
+        self._source = source
+        self._blocks = blocks
+        self._files: dict[str, str] = {}  # tensor -> shard file
+        self._bytes = 0
+
+    def __enter__(self) -> Self:
+        if self.partial.exists():
+            shutil.rmtree(self.partial)
+        self.partial.mkdir(parents=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+    def write_block(
+        self, index: int, weights: Mapping[str, QuantizedWeight], kv_scales: Mapping[str, Tensor]
+    ) -> None:
+        """Write block ``index``: quantized layers packed, its other tensors as they were."""
+        block = self._blocks[index]
+        tensors: dict[str, Tensor] = dict(kv_scales)
+        for name, weight in weights.items():
+            for suffix, tensor in weight.tensors().items():
+                tensors[f"{block.name}.{name}.{suffix}"] = tensor.cpu()
+        replaced = {f"{name}.weight" for name in weights}
+        for name, tensor in block.module.state_dict().items():
+            if name not in replaced:
+                tensors[f"{block.name}.{name}"] = tensor
+        self._write_shard(index, tensors)
+
+    def complete(self, manifest: Manifest, provenance: Mapping[str, Any]) -> None:
+        """Write what is outside the blocks, the index, the other files and config.json.
+
+        Raises:
+            ManifestError: the tensors written are not those that the manifest promises.
+        """
+        self._write_shard(len(self._blocks), self._tensors_outside_blocks())
+        verify_tensors(manifest, self._files)
+        index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(self._files.items()))}
+        self._write_json("model.safetensors.index.json", index)
+        self._copy_other_files()
+        config = {
+            **self._source.config,
+            "quantization_config": to_compressed_tensors(manifest),
+            MARKER: {"format_version": FORMAT_VERSION, **provenance},
+        }
+        self._write_json("config.json", config)
+
+    def publish(self, report: Mapping[str, Any]) -> None:
+        """Write report.json and give the folder its final name."""
+        self._write_json("report.json", report)
+        if self.out.exists():
+            self.out.rmdir()  # empty, or make_plan would have refused
+        self.partial.rename(self.out)
+        _sync(self.out.parent)
+
+    def _tensors_outside_blocks(self) -> dict[str, Tensor]:
+        """Shared parameters once, under their first name: a tied lm_head is not written, as in the original."""
+        model, inside = self._source.model, tuple(f"{block.name}." for block in self._blocks)
+        state = model.state_dict()
+        names = [name for name, _ in model.named_parameters()] + [name for name, _ in model.named_buffers()]
+        return {name: state[name] for name in names if name in state and not name.startswith(inside)}
+
+    def _write_shard(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        name = f"model-{index + 1:05d}-of-{len(self._blocks) + 1:05d}.safetensors"
+        contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        temporary = self.partial / f"{name}.tmp"
+        save_file(contiguous, temporary, metadata={"format": "pt"})
+        _sync(temporary)
+        temporary.rename(self.partial / name)
+        self._files.update(dict.fromkeys(contiguous, name))
+        self._bytes += sum(tensor.numel() * tensor.element_size() for tensor in contiguous.values())
+
+    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        path = self.partial / name
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        _sync(path)
+
+    def _copy_other_files(self) -> None:
+        """Tokenizer, generation config, chat template, licence: all small files beside the weights, unchanged."""
+        for path in sorted(self._source.folder.iterdir()):
+            weights = any(path.match(pattern) for pattern in WEIGHT_FILES)
+            if path.is_file() and not weights and path.name != "config.json" and not path.name.startswith("."):
+                shutil.copyfile(path, self.partial / path.name)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

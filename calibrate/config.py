@@ -1,0 +1,102 @@
+"""CalibrationConfig: every setting of a run, frozen; and the recipes that give the defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from vllm_autoround.format.scheme import QuantScheme
+
+DEFAULT_DATASET = "NeelNanda/pile-10k"
+FORMATS = ("compressed-tensors",)
+
+Dataset = str | Sequence[str] | Sequence[Sequence[int]]
+
+
+class CalibrationError(ValueError):
+    """Bad input, found before any work was lost: the message names the value, the limit and the way out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How long and on how much data a block is tuned."""
+
+    iters: int  # sign-gradient steps a block; 0: round to nearest
+    batch_size: int  # samples a step
+    seqlen: int  # tokens a sample
+    nsamples: int
+    lr: float | None  # first step's learning rate; None: 1 / iters
+
+
+RECIPES = {
+    "autoround": Recipe(iters=200, batch_size=8, seqlen=2048, nsamples=128, lr=None),
+    "autoround-best": Recipe(iters=1000, batch_size=8, seqlen=2048, nsamples=512, lr=None),
+    "autoround-light": Recipe(iters=50, batch_size=8, seqlen=2048, nsamples=128, lr=5e-3),
+    "autoround-fast": Recipe(iters=200, batch_size=4, seqlen=512, nsamples=128, lr=None),
+    "rtn": Recipe(iters=0, batch_size=8, seqlen=2048, nsamples=128, lr=None),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationConfig:
+    """Settings of one run. None stands for the recipe's value.
+
+    Raises:
+        CalibrationError: a value outside its range.
+        SchemeError: an unknown scheme or group size.
+    """
+
+    scheme: str = "W4A16"  # W2A16 to W8A16, each also with _ASYM
+    group_size: int = 128  # -1: one scale per output row
+    kv_cache: Literal["fp8"] | None = None
+    dataset: Dataset = DEFAULT_DATASET  # Hub id, local file, strings or lists of token ids
+    recipe: str = "autoround"
+    iters: int | None = None
+    batch_size: int | None = None
+    seqlen: int | None = None
+    nsamples: int | None = None
+    lr: float | None = None
+    gradient_accumulate_steps: int = 1
+    ignore: tuple[str, ...] = ()  # full module names, or re:PATTERN
+    device: str = "auto"
+    seed: int = 42
+    format: str = FORMATS[0]
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.recipe not in RECIPES:
+            problems.append(f"recipe {self.recipe!r} is unknown; known are {', '.join(RECIPES)}")
+        if self.format not in FORMATS:
+            problems.append(f"format {self.format!r} is unknown; known are {', '.join(FORMATS)}")
+        if self.kv_cache not in (None, "fp8"):
+            problems.append(f"kv-cache {self.kv_cache!r} is unknown; known is fp8")
+        least = {"iters": 0, "batch_size": 1, "seqlen": 2, "nsamples": 1, "gradient_accumulate_steps": 1}
+        for field, limit in least.items():
+            value = getattr(self, field)
+            if value is not None and value < limit:
+                problems.append(f"{field.replace('_', '-')} must be at least {limit}, got {value}")
+        if self.lr is not None and not 0 < self.lr <= 1:
+            problems.append(f"lr must be above 0 and at most 1, got {self.lr}")
+        if problems:
+            raise CalibrationError("; ".join(problems))
+        _ = self.quant_scheme
+
+    @property
+    def quant_scheme(self) -> QuantScheme:
+        """The scheme of every quantized layer."""
+        return QuantScheme.parse(self.scheme, self.group_size)
+
+    @property
+    def tuning(self) -> Recipe:
+        """The recipe with this run's overrides; ``lr`` is a number."""
+        base = RECIPES[self.recipe]
+        iters = base.iters if self.iters is None else self.iters
+        return Recipe(
+            iters=iters,
+            batch_size=self.batch_size or base.batch_size,
+            seqlen=self.seqlen or base.seqlen,
+            nsamples=self.nsamples or base.nsamples,
+            lr=self.lr or base.lr or (1 / iters if iters else 0.0),
+        )

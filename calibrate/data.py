@@ -1,0 +1,114 @@
+"""Text -> calibration samples of equal length.
+
+The rule: texts are shuffled with the seed and read in that order. A text of at least `seqlen` tokens gives one sample,
+its first `seqlen` tokens; the rest of it is dropped, so that one long document cannot dominate. Shorter texts are
+packed: joined with EOS until `seqlen` tokens are there, cut, and the next pack begins with the next text. No sample
+is padded. Too few samples is an error.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from calibrate.config import CalibrationError, Dataset
+
+_SUFFIXES = (".json", ".jsonl", ".txt")
+
+
+def load_samples(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, seqlen: int, nsamples: int, seed: int
+) -> Tensor:
+    """Calibration samples [nsamples, seqlen] int64, by the rule of this module.
+
+    Raises:
+        CalibrationError: an unreadable data set, or too little text in it.
+    """
+    texts = list(_read(dataset))
+    random.Random(seed).shuffle(texts)
+    samples: list[list[int]] = []
+    for sample in _pack(_tokenize(texts, tokenizer), seqlen, tokenizer.eos_token_id):
+        samples.append(sample)
+        if len(samples) == nsamples:
+            return torch.tensor(samples)
+    name = dataset if isinstance(dataset, str) else "the data set"
+    raise CalibrationError(
+        f"{name} gives {len(samples)} samples of {seqlen} tokens from {len(texts)} texts, {nsamples} are needed; "
+        f"lower nsamples or seqlen, or give more text"
+    )
+
+
+def _read(dataset: Dataset) -> Iterable[str | Sequence[int]]:
+    if not isinstance(dataset, str):
+        return dataset
+    path = Path(dataset)
+    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
+    if suffixes and suffixes[-1] in _SUFFIXES:
+        if not path.is_file():
+            raise CalibrationError(f"dataset {dataset} does not exist")
+        return _read_file(path, suffixes[-1])
+    return _read_hub(dataset)
+
+
+def _read_file(path: Path, kind: str) -> list[str]:
+    """One text a line (.jsonl), an item (.json) or a paragraph, that is, between blank lines (.txt)."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        content = file.read()
+    if kind == ".txt":
+        return [text for text in content.split("\n\n") if text.strip()]
+    try:
+        rows = json.loads(content) if kind == ".json" else [json.loads(line) for line in content.splitlines() if line]
+    except json.JSONDecodeError as error:
+        raise CalibrationError(f"dataset {path} is not valid {kind[1:]}: {error}") from error
+    return [_text_of(row, f"{path}, item {index}") for index, row in enumerate(rows)]
+
+
+def _read_hub(name: str) -> list[str]:
+    # Imported here: it takes seconds and local files do not need it.
+    from datasets import load_dataset  # noqa: PLC0415
+
+    try:
+        rows = load_dataset(name, split="train")
+    except Exception as error:  # the library raises a dozen unrelated types for "cannot be had"
+        raise CalibrationError(
+            f"dataset {name} is neither a local {', '.join(_SUFFIXES)} file (plain or .gz) nor loadable from the Hub: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return [_text_of(row, f"{name}, row {index}") for index, row in enumerate(rows)]
+
+
+def _text_of(row: object, where: str) -> str:
+    text = row.get("text") if isinstance(row, dict) else row
+    if not isinstance(text, str):
+        raise CalibrationError(f"{where} is neither a string nor an object with a string under 'text'")
+    return text
+
+
+def _tokenize(texts: Sequence[str | Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    for text in texts:
+        # A text may be far longer than the model reads; `verbose` is the tokenizer's warning about that.
+        ids = tokenizer(text, verbose=False).input_ids if isinstance(text, str) else list(text)
+        if ids:
+            yield ids
+
+
+def _pack(documents: Iterable[list[int]], seqlen: int, eos: int | None) -> Iterator[list[int]]:
+    pack: list[int] = []
+    for ids in documents:
+        if len(ids) >= seqlen:
+            yield ids[:seqlen]
+            continue
+        pack += ids
+        if len(pack) >= seqlen:
+            yield pack[:seqlen]
+            pack = []
+        elif eos is not None:
+            pack.append(eos)

@@ -1,0 +1,72 @@
+"""FP8 scales of the KV cache, measured where the cache sees queries, keys and values: after RoPE."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from calibrate.tuning import NonFiniteError
+
+FP8_MAX = torch.finfo(torch.float8_e4m3fn).max  # 448
+_OBSERVER = "autoround_observer"
+
+
+class AttentionRanges:
+    """Largest magnitudes of q, k and v of each attention module, over everything it has seen."""
+
+    def __init__(self) -> None:
+        self._amax: dict[nn.Module, Tensor] = {}  # module -> [3] float32: q, k, v
+
+    def observe(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """query [B, heads, T, D], key and value [B, kv heads, T, D]."""
+        seen = torch.stack([tensor.abs().amax().float() for tensor in (query, key, value)])
+        self._amax[module] = torch.maximum(self._amax[module], seen) if module in self._amax else seen
+
+    def scales(self, block: nn.Module, block_name: str) -> dict[str, Tensor]:
+        """Tensors of the checkpoint: ``<attention>.{q,k,v}_scale``, each [1] float32 = amax / 448.
+
+        Raises:
+            NonFiniteError: a range that is 0 or not finite.
+            RuntimeError: the block's attention was not observed.
+        """
+        tensors: dict[str, Tensor] = {}
+        for name, module in block.named_modules():
+            if module not in self._amax:
+                continue
+            for letter, amax in zip("qkv", self._amax[module].tolist(), strict=True):
+                if not 0 < amax < float("inf"):
+                    raise NonFiniteError(f"{name}: the largest {letter} is {amax}; no FP8 scale covers that")
+                tensors[f"{block_name}.{name}.{letter}_scale"] = torch.tensor([amax / FP8_MAX])
+        if not tensors:
+            raise RuntimeError(f"{block_name}: its attention does not call transformers' attention interface")
+        return tensors
+
+
+@contextmanager
+def observed(block: nn.Module) -> Iterator[AttentionRanges]:
+    """Measure every attention call of ``block`` inside the context; its results stay the same."""
+    ranges = AttentionRanges()
+    configs = {id(module.config): module.config for module in block.modules() if hasattr(module, "config")}.values()
+    originals = [config._attn_implementation for config in configs]
+
+    def observe_and_attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw: Any) -> Any:
+        ranges.observe(module, query, key, value)
+        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(originals[0], eager)
+        return attend(module, query, key, value, *args, **kw)
+
+    AttentionInterface.register(_OBSERVER, observe_and_attend)
+    for config in configs:
+        config._attn_implementation = _OBSERVER
+    try:
+        yield ranges
+    finally:
+        for config, original in zip(configs, originals, strict=True):
+            config._attn_implementation = original
+        del AttentionInterface._global_mapping[_OBSERVER]

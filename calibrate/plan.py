@@ -1,0 +1,168 @@
+"""Everything that can be known before tuning is checked before tuning, and reported in one message."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from calibrate.blocks import Block, find_blocks
+from calibrate.config import CalibrationConfig, CalibrationError
+from calibrate.source import Source
+from vllm_autoround.format.manifest import Manifest
+from vllm_autoround.format.scheme import QuantScheme, SchemeError
+
+# vLLM fuses these into one layer, which needs one scheme.
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_DISK_RESERVE = 64 << 20  # bytes beyond the checkpoint itself
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A run that has passed every check."""
+
+    blocks: list[Block]
+    manifest: Manifest
+    device: torch.device
+    compute_dtype: torch.dtype
+
+    def schemes(self, block: Block) -> dict[str, QuantScheme]:
+        """Scheme by layer name relative to the block."""
+        prefix = f"{block.name}."
+        return {
+            name.removeprefix(prefix): scheme
+            for name, scheme in self.manifest.schemes.items()
+            if name.startswith(prefix)
+        }
+
+
+def make_plan(source: Source, out: Path, config: CalibrationConfig) -> Plan:
+    """Check model, scheme, device, disk and settings against one another.
+
+    Raises:
+        CalibrationError: every problem found, each with its way out.
+    """
+    device = resolve_device(config.device)
+    blocks = find_blocks(source.model)
+    linears = {f"{block.name}.{name}": layer for block in blocks for name, layer in block.linears().items()}
+    others = [
+        name
+        for name, module in source.model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name not in linears
+    ]
+    ignored, problems = _resolve_ignore(config.ignore, [*linears, *others])
+    chosen = [name for name in linears if name not in ignored]
+    problems += _fused_problems(chosen, linears)
+    problems += [
+        f"{name} is a matrix that no linear layer owns (fused experts or a custom layer); such models are not supported"
+        for block in blocks
+        for name in block.unowned_matrices()
+    ]
+    for name in chosen:
+        try:
+            config.quant_scheme.check_layer(name, linears[name].in_features)
+        except SchemeError as error:
+            problems.append(str(error))
+        if not linears[name].weight.isfinite().all():
+            problems.append(f"{name}.weight has values that are not finite; the checkpoint is damaged")
+    if not chosen:
+        problems.append("no layer is left to quantize")
+    problems += _setting_problems(source, config)
+    problems += _output_problems(source, out)
+    if problems:
+        raise CalibrationError("\n".join(problems))
+
+    manifest = Manifest(
+        schemes=dict.fromkeys(chosen, config.quant_scheme),
+        ignore=tuple([name for name in linears if name in ignored] + others),
+        kv_cache=config.kv_cache,
+    )
+    return Plan(blocks, manifest, device, compute_dtype(device, source.dtype))
+
+
+def resolve_device(name: str) -> torch.device:
+    """``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"`` -> device.
+
+    Raises:
+        CalibrationError: a device that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CalibrationError(f"device {name!r} cannot be used ({reason}); use --device cpu or auto") from error
+    return device
+
+
+def compute_dtype(device: torch.device, model_dtype: torch.dtype) -> torch.dtype:
+    """What blocks run in: float32 on the CPU; on a GPU bfloat16 for 16-bit models, whose range float16 lacks."""
+    if device.type == "cpu" or model_dtype == torch.float32:
+        return torch.float32
+    return torch.bfloat16
+
+
+def _resolve_ignore(patterns: Iterable[str], names: list[str]) -> tuple[set[str], list[str]]:
+    """Layers that the patterns name, and a problem for each pattern that names none."""
+    ignored: set[str] = set()
+    problems = []
+    for pattern in patterns:
+        try:
+            expression = re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else re.escape(pattern))
+        except re.error as error:
+            problems.append(f"ignore {pattern!r} is not a regular expression: {error}")
+            continue
+        match = expression.match if pattern.startswith("re:") else expression.fullmatch
+        matched = {name for name in names if match(name)}
+        if not matched:
+            problems.append(f"ignore {pattern!r} matches no linear layer; names look like {names[0]}")
+        ignored |= matched
+    return ignored, problems
+
+
+def _fused_problems(chosen: list[str], linears: Iterable[str]) -> list[str]:
+    problems = []
+    present, quantized = set(linears), set(chosen)
+    for first in [name for name in present if name.rpartition(".")[2] in {group[0] for group in _FUSED}]:
+        parent, _, leaf = first.rpartition(".")
+        group = next(group for group in _FUSED if group[0] == leaf)
+        members = {f"{parent}.{name}" for name in group} & present
+        if members & quantized and members - quantized:
+            problems.append(
+                f"{parent}: vLLM fuses {', '.join(group)} into one layer; ignore all of them or none "
+                f"(ignored: {', '.join(sorted(members - quantized))})"
+            )
+    return sorted(problems)
+
+
+def _setting_problems(source: Source, config: CalibrationConfig) -> list[str]:
+    tuning = config.tuning
+    problems = []
+    if config.kv_cache and not source.model._supports_attention_backend:
+        problems.append(
+            f"{type(source.model).__name__} does not attend through transformers' attention interface, where the "
+            "KV cache is measured; leave --kv-cache out"
+        )
+    limit = getattr(source.model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and tuning.seqlen > limit:
+        problems.append(f"seqlen {tuning.seqlen} is more than the model's {limit} positions; use --seqlen {limit}")
+    if tuning.iters and tuning.batch_size > tuning.nsamples:
+        problems.append(f"batch-size {tuning.batch_size} is more than nsamples {tuning.nsamples}")
+    return problems
+
+
+def _output_problems(source: Source, out: Path) -> list[str]:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        return [f"{out} exists and is not an empty folder; choose another or remove it"]
+    existing = next(parent for parent in out.absolute().parents if parent.exists())
+    needed = sum(p.numel() * p.element_size() for p in source.model.parameters()) + _DISK_RESERVE
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        return [f"{existing} has {free >> 20} MiB free, up to {needed >> 20} MiB are needed"]
+    return []

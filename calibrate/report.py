@@ -1,0 +1,124 @@
+"""What a run did: the progress bars while it runs, report.json and the table at the end."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from math import log10
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from calibrate.tuning import LayerReport
+
+_PACKAGES = ("vllm-autoround", "torch", "transformers", "compressed-tensors", "safetensors")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockReport:
+    """Errors are relative squared errors of the block's output against the original model's, in dB."""
+
+    name: str
+    rtn_db: float  # rounded to nearest, on the same inputs
+    tuned_db: float
+    final_loss: float | None  # mean squared error of the last step; None without tuning
+    seconds: float
+    layers: dict[str, LayerReport]
+
+
+def decibels(ratio: float) -> float:
+    """10 log10 of a ratio of powers; -inf for 0."""
+    return 10 * log10(ratio) if ratio > 0 else float("-inf")
+
+
+class Progress:
+    """One bar over blocks with an ETA, and one over the steps of the current block.
+
+    Without a terminal there are no bars, only the line that is printed for each finished block.
+    """
+
+    def __init__(self, blocks: int, steps: int) -> None:
+        self._blocks = tqdm(total=blocks, desc="blocks", unit="block", position=0, disable=None)
+        self._steps = tqdm(total=steps, unit="step", position=1, leave=False, disable=None)
+
+    def start_block(self, name: str) -> None:
+        """Name the block in the second bar and set it to 0."""
+        self._steps.reset()
+        self._steps.set_description(name)
+
+    def step(self) -> None:
+        """One tuning step is done."""
+        self._steps.update()
+
+    def finish_block(self, report: BlockReport) -> None:
+        """Print the block's line and advance the first bar."""
+        line = f"{report.name}: error {report.rtn_db:6.2f} dB rounded to nearest"
+        if report.final_loss is not None:
+            line += f", {report.tuned_db:6.2f} dB tuned"
+        tqdm.write(f"{line}  ({report.seconds:.1f} s)", file=sys.stderr)
+        self._blocks.update()
+
+    def close(self) -> None:
+        """Leave the terminal clean."""
+        self._steps.close()
+        self._blocks.close()
+
+
+@contextmanager
+def progress_bars(blocks: int, steps: int) -> Iterator[Progress]:
+    """`Progress` that is closed whatever happens."""
+    progress = Progress(blocks, steps)
+    try:
+        yield progress
+    finally:
+        progress.close()
+
+
+class Stopwatch:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._begin = time.perf_counter()
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._begin
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and hardware of this process."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"python": platform.python_version(), **versions, "device": name}
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Peak memory in MiB: of the process, and of the GPU's allocator."""
+    peak = {"host_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    if device.type == "cuda":
+        peak["device_mib"] = torch.cuda.max_memory_allocated(device) / 2**20
+    return peak
+
+
+def summary_table(blocks: list[BlockReport]) -> str:
+    """The table printed at the end of a run."""
+    tuned = blocks[0].final_loss is not None
+    head = f"{'block':<28}{'RTN dB':>10}" + (f"{'tuned dB':>10}{'gain dB':>10}" if tuned else "") + f"{'seconds':>10}"
+    lines = [head]
+    for block in blocks:
+        line = f"{block.name:<28}{block.rtn_db:>10.2f}"
+        if tuned:
+            line += f"{block.tuned_db:>10.2f}{block.rtn_db - block.tuned_db:>10.2f}"
+        lines.append(line + f"{block.seconds:>10.1f}")
+    return "\n".join(lines)

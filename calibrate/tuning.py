@@ -1,0 +1,222 @@
+"""Tune one decoder block: sign gradient descent on the rounding of all its linear layers at once.
+
+The loss is the mean squared error between the block's output on the quantized chain's inputs and the original block's
+output on the original chain's inputs. The last iterate is kept; there is no early stop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from calibrate.blocks import run_block
+from calibrate.config import Recipe
+from calibrate.rounding import Rounding, Target, fake_quantize, freeze, sign_step
+from vllm_autoround.format.codec import QuantizedWeight
+from vllm_autoround.format.scheme import QuantScheme
+
+_EVALUATION_TOKENS = 16_384  # tokens a forward without gradients takes at once
+
+
+class NonFiniteError(RuntimeError):
+    """NaN or infinity where there must be a number; names the layer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerReport:
+    """What tuning did to one layer."""
+
+    weight_error: float  # squared error of the dequantized weight over the squared weight
+    moved: float  # share of the codes that differ from rounding to nearest
+    scale_min: float
+    scale_max: float
+
+
+@dataclass(frozen=True, slots=True)
+class TunedBlock:
+    """The result of tuning: what goes to disk, and what the report shows."""
+
+    weights: dict[str, QuantizedWeight]  # by layer name relative to the block
+    layers: dict[str, LayerReport]
+    rtn_error: float  # relative squared output error, rounded to nearest
+    final_loss: float | None  # mean squared error of the last step's samples; None without steps
+
+
+def tune_block(
+    block: nn.Module,
+    schemes: Mapping[str, QuantScheme],
+    inputs: Tensor,
+    targets: Tensor,
+    arguments: dict[str, Any],
+    *,
+    recipe: Recipe,
+    accumulate: int,
+    scale_dtype: torch.dtype,
+    generator: torch.Generator,
+    on_step: Callable[[], None],
+) -> TunedBlock:
+    """Learn the rounding of the layers named in ``schemes``; leaves ``block`` with the dequantized weights.
+
+    Args:
+        block: on the device, in compute dtype.
+        schemes: layer name relative to the block -> scheme.
+        inputs: [S, T, H], the quantized chain's input of this block.
+        targets: [S, T, H], the original chain's output of this block.
+        arguments: the block's other arguments, on its device.
+        accumulate: minibatches a step.
+        generator: draws the samples of each step.
+        on_step: called after every step.
+
+    Raises:
+        NonFiniteError: a loss, gradient, output or scale that is not finite, with the layer's name.
+    """
+    device = next(block.parameters()).device
+    kernels = _kernels(device)
+    layers = {name: block.get_submodule(name) for name in schemes}
+    goals = {name: Target.of(layers[name].weight.detach().clone(), schemes[name], scale_dtype) for name in schemes}
+    roundings = {name: Rounding.nearest(goal.weight, goal.scheme) for name, goal in goals.items()}
+    block.requires_grad_(False)
+
+    def install() -> None:
+        for name, layer in layers.items():
+            layer.weight.data.copy_(kernels.fake_quantize(goals[name], roundings[name]))
+
+    with torch.no_grad():
+        install()
+        rtn_error = relative_error(block, inputs, targets, arguments)
+
+    for layer in layers.values():
+        layer.weight.requires_grad_(True)
+    rates = torch.tensor([recipe.lr * (1 - step / recipe.iters) for step in range(recipe.iters)], device=device)
+    losses = torch.zeros(recipe.iters, device=device)  # read once, after the loop: no synchronisation inside
+    batches = _minibatches(len(inputs), recipe.batch_size, generator)
+    for step in range(recipe.iters):
+        for _ in range(accumulate):
+            picked = next(batches)
+            output = run_block(block, _fetch(inputs, picked, device), arguments)
+            loss = F.mse_loss(output.float(), _fetch(targets, picked, device).float())
+            loss.backward()
+            losses[step] += loss.detach() / accumulate
+        with torch.no_grad():
+            for name, layer in layers.items():
+                kernels.sign_step(goals[name], roundings[name], layer.weight.grad, rates[step])
+                layer.weight.grad = None
+            install()
+        on_step()
+
+    block.requires_grad_(False)
+    if not losses.isfinite().all():
+        step = int((~losses.isfinite()).nonzero()[0])
+        raise NonFiniteError(f"the loss of step {step} is {losses[step].item()}")
+    weights = {name: freeze(goals[name], roundings[name]) for name in layers}
+    for name, weight in weights.items():
+        if not weight.scale.isfinite().all():
+            raise NonFiniteError(f"{name}: a scale is not finite in {scale_dtype}")
+    reports = {name: _layer_report(goals[name], weights[name]) for name in layers}
+    return TunedBlock(weights, reports, rtn_error, losses[-1].item() if recipe.iters else None)
+
+
+@torch.no_grad()
+def advance(block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> None:
+    """Replace the block's input [S, T, H] by its output, in place, in large batches.
+
+    Raises:
+        NonFiniteError: an output that is not finite; names the first layer that made one.
+    """
+    device = next(block.parameters()).device
+    for part in _parts(hidden):
+        inputs = part.to(device)
+        output = run_block(block, inputs, arguments)
+        if not output.isfinite().all():
+            raise NonFiniteError(f"{_first_non_finite(block, inputs, arguments)} gives a value that is not finite")
+        part.copy_(output)
+
+
+@torch.no_grad()
+def relative_error(block: nn.Module, inputs: Tensor, targets: Tensor, arguments: dict[str, Any]) -> float:
+    """`relative_distance` of the block's outputs for inputs [S, T, H] from targets [S, T, H]."""
+    device = next(block.parameters()).device
+    outputs = (run_block(block, part.to(device), arguments) for part in _parts(inputs))
+    return _relative_distance(outputs, _parts(targets))
+
+
+def relative_distance(hidden: Tensor, reference: Tensor) -> float:
+    """Squared distance of [S, T, H] from a reference over the reference's squared norm, in float64."""
+    return _relative_distance(_parts(hidden), _parts(reference))
+
+
+def _relative_distance(parts: Iterable[Tensor], references: Iterable[Tensor]) -> float:
+    error = norm = 0.0
+    for part, reference in zip(parts, references, strict=True):
+        expected = reference.to(part.device).float()
+        error += (part.float() - expected).square().sum(dtype=torch.float64).item()
+        norm += expected.square().sum(dtype=torch.float64).item()
+    return error / norm
+
+
+def _layer_report(goal: Target, weight: QuantizedWeight) -> LayerReport:
+    original = goal.weight.float()
+    nearest = freeze(goal, Rounding.nearest(goal.weight, goal.scheme))
+    return LayerReport(
+        weight_error=((weight.dequantize() - original).square().sum() / original.square().sum()).item(),
+        moved=(weight.codes != nearest.codes).float().mean().item(),
+        scale_min=weight.scale.min().item(),
+        scale_max=weight.scale.max().item(),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Kernels:
+    fake_quantize: Callable[[Target, Rounding], Tensor]
+    sign_step: Callable[[Target, Rounding, Tensor, Tensor], None]
+
+
+def _kernels(device: torch.device) -> _Kernels:
+    """The quantizer and the update: one fused pass each on a GPU, as written on the CPU."""
+    if device.type != "cuda":
+        return _Kernels(fake_quantize, sign_step)
+    return _Kernels(torch.compile(fake_quantize, dynamic=False), torch.compile(sign_step, dynamic=False))
+
+
+def _minibatches(samples: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Endless minibatches of sample indices; every sample comes once before any comes again."""
+    order = torch.empty(0, dtype=torch.long)
+    while True:
+        while len(order) < batch_size:
+            order = torch.cat([order, torch.randperm(samples, generator=generator)])
+        yield order[:batch_size]
+        order = order[batch_size:]
+
+
+def _fetch(hidden: Tensor, picked: Tensor, device: torch.device) -> Tensor:
+    return hidden[picked.to(hidden.device)].to(device, non_blocking=True)
+
+
+def _parts(hidden: Tensor) -> tuple[Tensor, ...]:
+    """Views of [S, T, H] of about _EVALUATION_TOKENS tokens each."""
+    return hidden.split(max(1, _EVALUATION_TOKENS // hidden.shape[1]))
+
+
+def _first_non_finite(block: nn.Module, inputs: Tensor, arguments: dict[str, Any]) -> str:
+    """Name of the first leaf module of ``block`` whose output is not finite."""
+    culprits: list[str] = []
+    hooks = [
+        module.register_forward_hook(
+            lambda _module, _args, out, name=name: (
+                None if not isinstance(out, Tensor) or out.isfinite().all() else culprits.append(name)
+            )
+        )
+        for name, module in block.named_modules()
+        if not any(module.children())
+    ]
+    try:
+        run_block(block, inputs, arguments)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return culprits[0] if culprits else "the block's own arithmetic"

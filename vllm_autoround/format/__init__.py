@@ -1,0 +1,1 @@
+"""The shared core: what a checkpoint means. Knows neither vLLM nor transformers."""

@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: kernels know the format, and neither vLLM nor the calibrator."""
