@@ -98,6 +98,7 @@ class CheckpointWriter:
         contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
         temporary = self.partial / f"{name}.tmp"
         save_file(contiguous, temporary, metadata={"format": "pt"})
+        temporary.chmod(0o644)  # safetensors creates files that only their owner can read
         _sync(temporary)
         temporary.rename(self.partial / name)
         self._files.update(dict.fromkeys(contiguous, name))

@@ -29,7 +29,7 @@ class AttentionRanges:
         self._amax[module] = torch.maximum(self._amax[module], seen) if module in self._amax else seen
 
     def scales(self, block: nn.Module, block_name: str) -> dict[str, Tensor]:
-        """Tensors of the checkpoint: ``<attention>.{q,k,v}_scale``, each [1] float32 = amax / 448.
+        """Tensors of the checkpoint: ``<attention>.{q,k,v}_scale``, each [1] float32 = amax / 448, rounded up.
 
         Raises:
             NonFiniteError: a range that is 0 or not finite.
@@ -42,10 +42,20 @@ class AttentionRanges:
             for letter, amax in zip("qkv", self._amax[module].tolist(), strict=True):
                 if not 0 < amax < float("inf"):
                     raise NonFiniteError(f"{name}: the largest {letter} is {amax}; no FP8 scale covers that")
-                tensors[f"{block_name}.{name}.{letter}_scale"] = torch.tensor([amax / FP8_MAX])
+                tensors[f"{block_name}.{name}.{letter}_scale"] = round_up_to_bfloat16(torch.tensor([amax / FP8_MAX]))
         if not tensors:
             raise RuntimeError(f"{block_name}: its attention does not call transformers' attention interface")
         return tensors
+
+
+def round_up_to_bfloat16(values: Tensor) -> Tensor:
+    """The least bfloat16 value not below each positive float32 value, as float32.
+
+    Stock vLLM loads scales into parameters of the model's dtype. A value that survives that cast is the same scale in
+    every engine, and rounding up means that the largest magnitude still fits.
+    """
+    bits = values.contiguous().view(torch.int32)
+    return ((bits + 0xFFFF) & ~0xFFFF).view(torch.float32)
 
 
 @contextmanager

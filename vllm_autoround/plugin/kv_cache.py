@@ -23,6 +23,13 @@ class AutoRoundKVCacheMethod(BaseKVCacheMethod):
         super().__init__(quant_config)
         self.prefix = prefix
 
+    def create_weights(self, layer: torch.nn.Module) -> None:
+        super().create_weights(layer)
+        # The base class creates them in the model's dtype, which would round the checkpoint's float32 scales.
+        for name in KV_SCALES:
+            parameter = getattr(layer, name)
+            parameter.data = parameter.data.float()
+
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         # A second call finds the parameters consumed: then there is nothing left to check.
         if hasattr(layer, "q_scale") and not compat.weights_already_processed():
