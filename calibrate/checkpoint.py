@@ -45,9 +45,7 @@ class CheckpointWriter:
         if kind is not None:
             shutil.rmtree(self.partial, ignore_errors=True)
 
-    def write_block(
-        self, index: int, weights: Mapping[str, QuantizedWeight], kv_scales: Mapping[str, Tensor]
-    ) -> None:
+    def write_block(self, index: int, weights: Mapping[str, QuantizedWeight], kv_scales: Mapping[str, Tensor]) -> None:
         """Write block ``index``: quantized layers packed, its other tensors as they were."""
         block = self._blocks[index]
         tensors: dict[str, Tensor] = dict(kv_scales)

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from calibrate.config import DEFAULT_DATASET, FORMATS, RECIPES, CalibrationConfig, CalibrationError
-from vllm_autoround.format.manifest import ManifestError
-from vllm_autoround.format.scheme import SchemeError
+from vllm_autoround.format.errors import ManifestError, SchemeError
 
 _RECIPES_HELP = "\n".join(
     f"  {name:<16} {r.iters:>5} steps of {r.batch_size} x {r.seqlen} tokens, {r.nsamples} samples, "
@@ -44,6 +43,7 @@ def calibrate_main(argv: Sequence[str] | None = None) -> int:
 
 def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     defaults = CalibrationConfig()
+    parser.usage = "%(prog)s MODEL OUT [options]"
     parser.epilog = f"recipes:\n{_RECIPES_HELP}\n\nserve the result with: vllm serve OUT --quantization autoround"
     parser.add_argument("model", metavar="MODEL", help="Hub id or local folder")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not exist or be empty")
@@ -66,7 +66,7 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--format", default=defaults.format, choices=FORMATS, help="default: %(default)s")
     how = parser.add_argument_group("how to tune")
-    how.add_argument("--recipe", default=defaults.recipe, choices=RECIPES, help="default: %(default)s; see below")
+    how.add_argument("--recipe", default=defaults.recipe, choices=RECIPES, metavar="NAME", help="see below (default: %(default)s)")
     how.add_argument("--iters", type=int, metavar="N", help="steps a block; 0 rounds to nearest (default: recipe)")
     how.add_argument("--batch-size", type=int, metavar="N", help="samples a step (default: recipe)")
     how.add_argument("--lr", type=float, help="first learning rate, falling to 0 linearly (default: recipe)")
@@ -97,6 +97,7 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_gate(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s OUT --baseline MODEL [options]"
     parser.epilog = "exit status: 0 passed, 1 failed, 2 bad input"
     parser.add_argument("model", metavar="OUT", help="the quantized checkpoint")
     parser.add_argument("--baseline", required=True, metavar="MODEL", help="the original model: folder or Hub id")
@@ -140,8 +141,7 @@ def _run(args: argparse.Namespace) -> int:
             case _:
                 return _inspect(args)
     except (CalibrationError, SchemeError, ManifestError) as error:
-        lines = str(error).splitlines()
-        for line in lines:
+        for line in str(error).splitlines():
             print(f"vllm-autoround {args.command}: error: {line}", file=sys.stderr)
         return 2
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from vllm_autoround.format.scheme import QuantScheme
@@ -26,7 +26,11 @@ class Recipe:
     batch_size: int  # samples a step
     seqlen: int  # tokens a sample
     nsamples: int
-    lr: float | None  # first step's learning rate; None: 1 / iters
+    lr: float | None  # of the first step; None: 1 / iters
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of a step: linear from ``lr`` to 0."""
+        return (self.lr or 1 / self.iters) * (1 - step / self.iters)
 
 
 RECIPES = {
@@ -90,13 +94,7 @@ class CalibrationConfig:
 
     @property
     def tuning(self) -> Recipe:
-        """The recipe with this run's overrides; ``lr`` is a number."""
-        base = RECIPES[self.recipe]
-        iters = base.iters if self.iters is None else self.iters
-        return Recipe(
-            iters=iters,
-            batch_size=self.batch_size or base.batch_size,
-            seqlen=self.seqlen or base.seqlen,
-            nsamples=self.nsamples or base.nsamples,
-            lr=self.lr or base.lr or (1 / iters if iters else 0.0),
-        )
+        """The recipe with this run's overrides."""
+        names = [field.name for field in fields(Recipe)]
+        overrides = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return replace(RECIPES[self.recipe], **overrides)

@@ -108,7 +108,9 @@ def inspection_table(inspection: Inspection) -> str:
         f"size        {size / 1e6:.2f} MB, {original / 1e6:.2f} MB unquantized ({original / size:.2f}x smaller)",
     ]
     if inspection.kv_cache:
-        ranges = ", ".join(f"{name} {low:.3g} to {high:.3g}" for name, (low, high) in inspection.kv_scale_ranges.items())
+        ranges = ", ".join(
+            f"{name} {low:.3g} to {high:.3g}" for name, (low, high) in inspection.kv_scale_ranges.items()
+        )
         lines.append(f"KV cache    {inspection.kv_cache} e4m3, static per tensor: {ranges}")
     else:
         lines.append("KV cache    as the model")

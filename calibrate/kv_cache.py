@@ -62,7 +62,8 @@ def round_up_to_bfloat16(values: Tensor) -> Tensor:
 def observed(block: nn.Module) -> Iterator[AttentionRanges]:
     """Measure every attention call of ``block`` inside the context; its results stay the same."""
     ranges = AttentionRanges()
-    configs = {id(module.config): module.config for module in block.modules() if hasattr(module, "config")}.values()
+    with_config: list[Any] = [module for module in block.modules() if hasattr(module, "config")]
+    configs = {id(module.config): module.config for module in with_config}.values()
     originals = [config._attn_implementation for config in configs]
 
     def observe_and_attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw: Any) -> Any:

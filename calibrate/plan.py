@@ -13,8 +13,9 @@ import torch
 from calibrate.blocks import Block, find_blocks
 from calibrate.config import CalibrationConfig, CalibrationError
 from calibrate.source import Source
+from vllm_autoround.format.errors import SchemeError
 from vllm_autoround.format.manifest import Manifest
-from vllm_autoround.format.scheme import QuantScheme, SchemeError
+from vllm_autoround.format.scheme import QuantScheme
 
 # vLLM fuses these into one layer, which needs one scheme.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))

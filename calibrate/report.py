@@ -93,7 +93,7 @@ class Stopwatch:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions and hardware of this process."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
             versions[package] = version(package)

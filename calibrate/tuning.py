@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +77,7 @@ def tune_block(
     """
     device = next(block.parameters()).device
     kernels = _kernels(device)
-    layers = {name: block.get_submodule(name) for name in schemes}
+    layers = {name: cast(nn.Linear, block.get_submodule(name)) for name in schemes}
     goals = {name: Target.of(layers[name].weight.detach().clone(), schemes[name], scale_dtype) for name in schemes}
     roundings = {name: Rounding.nearest(goal.weight, goal.scheme) for name, goal in goals.items()}
     block.requires_grad_(False)
@@ -92,7 +92,7 @@ def tune_block(
 
     for layer in layers.values():
         layer.weight.requires_grad_(True)
-    rates = torch.tensor([recipe.lr * (1 - step / recipe.iters) for step in range(recipe.iters)], device=device)
+    rates = torch.tensor([recipe.learning_rate(step) for step in range(recipe.iters)], device=device)
     losses = torch.zeros(recipe.iters, device=device)  # read once, after the loop: no synchronisation inside
     batches = _minibatches(len(inputs), recipe.batch_size, generator)
     for step in range(recipe.iters):
@@ -104,7 +104,7 @@ def tune_block(
             losses[step] += loss.detach() / accumulate
         with torch.no_grad():
             for name, layer in layers.items():
-                kernels.sign_step(goals[name], roundings[name], layer.weight.grad, rates[step])
+                kernels.sign_step(goals[name], roundings[name], cast(Tensor, layer.weight.grad), rates[step])
                 layer.weight.grad = None
             install()
         on_step()

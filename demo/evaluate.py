@@ -1,6 +1,6 @@
 """Greedy accuracy of a model on held-out word problems, with plain transformers.
 
-    python -m demo.evaluate demo/model --count 1000 --shots 0 5
+python -m demo.evaluate demo/model --count 1000 --shots 0 5
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ MAX_NEW_TOKENS = 256  # lm-eval's default; a five-step answer takes up to 200
 
 
 @torch.no_grad()
-def accuracy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, count: int, shots: int, seed: int
-) -> float:
+def accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, count: int, shots: int, seed: int) -> float:
     """Share of ``count`` held-out problems whose greedy answer ends in the right number."""
     examples = "".join(as_text(problem) + "\n\n" for problem in generate("train", shots, seed=10**6))
     tokenizer.padding_side = "left"

@@ -177,8 +177,7 @@ def ages(rng: random.Random) -> Draft:
     x, y = _two(rng, NAMES)
     a, k, years = rng.randint(4, 15), rng.randint(2, 4), rng.randint(2, 15)
     question = (
-        f"{x} is {a} years old. {y} is {k} times as old as {x}. "
-        f"What will be the sum of their ages in {years} years?"
+        f"{x} is {a} years old. {y} is {k} times as old as {x}. What will be the sum of their ages in {years} years?"
     )
     now = a + k * a
     steps = [

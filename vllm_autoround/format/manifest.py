@@ -13,7 +13,8 @@ from typing import Any, Literal
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from pydantic import ValidationError
 
-from vllm_autoround.format.scheme import QuantScheme, SchemeError
+from vllm_autoround.format.errors import ManifestError, SchemeError
+from vllm_autoround.format.scheme import QuantScheme
 
 MARKER = "vllm_autoround"  # our key at the top level of config.json
 FORMAT_VERSION = 1
@@ -24,10 +25,6 @@ _UNDERSTOOD = {"quant_method", "format", "quantization_status", "config_groups",
 # Say nothing about what the weights mean; the last two are added by vLLM.
 _INFORMATIVE = {"global_compression_ratio", "version", "run_compressed", "total_num_heads", "total_num_kv_heads"}
 _ARGS_INFORMATIVE = {"observer", "observer_kwargs", "scale_dtype", "zp_dtype"}
-
-
-class ManifestError(ValueError):
-    """A quantization_config, or the tensors beside it, that cannot be read with certainty."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,18 +81,7 @@ def from_compressed_tensors(config: Mapping[str, Any]) -> Manifest:
     Raises:
         ManifestError: a key or value that is not understood, by name.
     """
-    for key in config.keys() - _UNDERSTOOD - _INFORMATIVE:
-        if config[key]:  # an empty or null extension changes nothing
-            raise ManifestError(f"quantization_config has the unknown key {key!r}; refusing to guess what it changes")
-    if config.get("quant_method") != "compressed-tensors":
-        raise ManifestError(f"quant_method must be 'compressed-tensors', got {config.get('quant_method')!r}")
-    if config.get("quantization_status", "compressed") != "compressed":
-        raise ManifestError(f"quantization_status is {config['quantization_status']!r}: not a compressed checkpoint")
-    try:
-        parsed = QuantizationConfig.model_validate(dict(config))
-    except (ValidationError, NotImplementedError) as error:
-        raise ManifestError(f"compressed-tensors rejects quantization_config: {error}") from error
-
+    parsed = _parse(config)
     ignore = tuple(parsed.ignore or ())
     schemes: dict[str, QuantScheme] = {}
     for group_name, group in parsed.config_groups.items():
@@ -136,6 +122,21 @@ def verify_tensors(manifest: Manifest, names: Collection[str]) -> None:
             raise ManifestError(f"{attention} has KV-cache scales but lacks {' and '.join(missing)}")
 
 
+def _parse(config: Mapping[str, Any]) -> QuantizationConfig:
+    """Let compressed-tensors validate the config, and refuse what its classes would silently ignore."""
+    for key in config.keys() - _UNDERSTOOD - _INFORMATIVE:
+        if config[key]:  # an empty or null extension changes nothing
+            raise ManifestError(f"quantization_config has the unknown key {key!r}; refusing to guess what it changes")
+    if config.get("quant_method") != "compressed-tensors":
+        raise ManifestError(f"quant_method must be 'compressed-tensors', got {config.get('quant_method')!r}")
+    if config.get("quantization_status", "compressed") != "compressed":
+        raise ManifestError(f"quantization_status is {config['quantization_status']!r}: not a compressed checkpoint")
+    try:
+        return QuantizationConfig.model_validate(dict(config))
+    except (ValidationError, NotImplementedError) as error:
+        raise ManifestError(f"compressed-tensors rejects quantization_config: {error}") from error
+
+
 _KV_FP8: dict[str, Any] = {
     "num_bits": 8,
     "type": "float",
@@ -147,9 +148,7 @@ _KV_FP8: dict[str, Any] = {
 
 def _weight_args(scheme: QuantScheme) -> dict[str, Any]:
     grouping = (
-        {"strategy": "channel"}
-        if scheme.group_size is None
-        else {"strategy": "group", "group_size": scheme.group_size}
+        {"strategy": "channel"} if scheme.group_size is None else {"strategy": "group", "group_size": scheme.group_size}
     )
     return {"num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric, "dynamic": False, **grouping}
 

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from vllm_autoround.format.codec import QuantizedWeight
-from vllm_autoround.format.manifest import Manifest, ManifestError, from_compressed_tensors
+from vllm_autoround.format.errors import ManifestError
+from vllm_autoround.format.manifest import Manifest, from_compressed_tensors
 
 
 def read_config(folder: Path) -> dict[str, Any]:

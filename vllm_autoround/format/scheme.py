@@ -5,12 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from vllm_autoround.format.errors import SchemeError
+
 MIN_BITS, MAX_BITS = 2, 8
 GROUP_SIZES = (16, 32, 64, 128, 256)
-
-
-class SchemeError(ValueError):
-    """A scheme that does not exist, or does not fit the layer it is meant for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,9 +40,7 @@ class QuantScheme:
         match = re.fullmatch(r"W(\d+)A16(_ASYM)?", name.upper())
         if not match:
             raise SchemeError(f"unknown scheme {name!r}; known are W2A16 to W8A16, each also with _ASYM")
-        return cls(
-            bits=int(match[1]), group_size=None if group_size == -1 else group_size, symmetric=match[2] is None
-        )
+        return cls(bits=int(match[1]), group_size=None if group_size == -1 else group_size, symmetric=match[2] is None)
 
     def __str__(self) -> str:
         group = "per channel" if self.group_size is None else f"g{self.group_size}"

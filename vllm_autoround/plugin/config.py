@@ -15,11 +15,11 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
+from vllm_autoround.format.errors import ManifestError
 from vllm_autoround.format.manifest import (
     FORMAT_VERSION,
     MARKER,
     Manifest,
-    ManifestError,
     from_compressed_tensors,
     verify_tensors,
 )
@@ -119,9 +119,7 @@ class AutoRoundConfig(QuantizationConfig):
         schemes = {shard: self.schemes.get(shard) for shard in shards}
         if len(set(schemes.values())) > 1:
             listing = ", ".join(f"{shard}: {scheme or 'not quantized'}" for shard, scheme in schemes.items())
-            raise ValueError(
-                f"{prefix} fuses layers of different schemes ({listing}); calibrate them with one scheme"
-            )
+            raise ValueError(f"{prefix} fuses layers of different schemes ({listing}); calibrate them with one scheme")
         return next(iter(schemes.values()), None)
 
 
