@@ -51,7 +51,7 @@ def inspect_checkpoint(folder: Path) -> Inspection:
     config, manifest = read_config(folder), read_manifest(folder)
     stored: Counter[str] = Counter()  # bytes by quantized layer
     weights: dict[str, int] = {}
-    plain = 0
+    plain = extra = 0  # bytes outside the quantized layers; of them, those that the original does not have
     scale_bytes = 2
     kv_scales: dict[str, list[float]] = {name: [] for name in KV_SCALES}
     names = []
@@ -60,6 +60,7 @@ def inspect_checkpoint(folder: Path) -> Inspection:
         layer, _, suffix = name.rpartition(".")
         if suffix in kv_scales:
             kv_scales[suffix] += tensor.flatten().tolist()
+            extra += _size(tensor)
         if layer not in manifest.schemes or suffix == "bias":
             plain += _size(tensor)
             continue
@@ -87,7 +88,7 @@ def inspect_checkpoint(folder: Path) -> Inspection:
         ],
         average_bits=_bits(list(manifest.schemes), stored, weights),
         size_bytes=plain + stored.total(),
-        original_size_bytes=plain + sum(weights.values()) * scale_bytes,
+        original_size_bytes=plain - extra + sum(weights.values()) * scale_bytes,
         kv_cache=manifest.kv_cache,
         kv_scale_ranges={name: (min(values), max(values)) for name, values in kv_scales.items() if values},
         marker=config.get("vllm_autoround"),

@@ -63,8 +63,16 @@ def _signed(mask: int) -> int:
     return mask - (1 << 64) if mask >> 63 else mask
 
 
+def _padded(rows: Tensor, multiple: int) -> Tensor:
+    """A copy of [N, C] with zero columns up to a multiple; its plain strides are what view(dtype) needs."""
+    count, columns = rows.shape
+    padded = rows.new_zeros(count, columns + -columns % multiple)
+    padded[:, :columns] = rows
+    return padded
+
+
 def _pack_rows(codes: Tensor, bits: int) -> Tensor:
-    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 32)).contiguous()
+    padded = _padded(codes, 32)
     if bits == 8:
         return padded.view(torch.int32)
     lanes = padded.view(torch.int64)
@@ -75,7 +83,7 @@ def _pack_rows(codes: Tensor, bits: int) -> Tensor:
 
 
 def _unpack_rows(words: Tensor, bits: int) -> Tensor:
-    padded = torch.nn.functional.pad(words, (0, -words.shape[1] % bits)).contiguous()
+    padded = _padded(words, bits)
     if bits == 8:
         return padded.view(torch.uint8)
     stream = padded.view(torch.uint8).unflatten(1, (-1, bits))

@@ -1,0 +1,77 @@
+"""Blocks are found by structure, and run on captured inputs as the model runs them."""
+
+import pytest
+import torch
+import transformers as tf
+
+from calibrate.blocks import capture_inputs, find_blocks, run_block
+from calibrate.config import CalibrationError
+from calibrate.kv_cache import observed
+from tests.calibrate.conftest import COMMON, make_model
+
+SAMPLES = torch.randint(2, 128, (3, 24), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def test_the_chain_of_blocks_equals_the_model(family_model: tf.PreTrainedModel) -> None:
+    blocks = find_blocks(family_model)
+    assert len(blocks) == 3
+    assert not [name for block in blocks for name in block.unowned_matrices()]
+    captured = capture_inputs(family_model, blocks, SAMPLES, torch.float32)
+    hidden = captured.hidden
+    expected = family_model(input_ids=SAMPLES, output_hidden_states=True, use_cache=False).hidden_states
+    for index, block in enumerate(blocks):
+        torch.testing.assert_close(hidden, expected[index])  # the input of each block
+        hidden = run_block(block.module, hidden, captured.arguments[index])
+    assert all("forward" not in vars(block.module) for block in blocks)  # the stand-ins are gone
+
+
+@torch.no_grad()
+def test_kv_ranges_are_those_of_the_cache(family_model: tf.PreTrainedModel) -> None:
+    """The oracle is transformers' own KV cache, which holds keys and values after RoPE."""
+    blocks = find_blocks(family_model)
+    captured = capture_inputs(family_model, blocks, SAMPLES, torch.float32)
+    cache = tf.DynamicCache(config=family_model.config)
+    # Sliding layers keep only their window: the cache is filled token by token and its maximum kept.
+    peak = {index: {"k": 0.0, "v": 0.0} for index in range(3)}
+    for token in range(SAMPLES.shape[1]):
+        family_model(input_ids=SAMPLES[:, token : token + 1], past_key_values=cache, use_cache=True)
+        for index, layer in enumerate(cache.layers):
+            peak[index]["k"] = max(peak[index]["k"], layer.keys.abs().max().item())
+            peak[index]["v"] = max(peak[index]["v"], layer.values.abs().max().item())
+    hidden = captured.hidden
+    for index, block in enumerate(blocks):
+        plain = run_block(block.module, hidden, captured.arguments[index])
+        with observed(block.module) as ranges:
+            parts = [run_block(block.module, part, captured.arguments[index]) for part in hidden.split(1)]
+        torch.testing.assert_close(torch.cat(parts), plain)
+        hidden = plain
+        scales = ranges.scales(block.module, block.name)
+        assert set(scales) == {f"{block.name}.self_attn.{letter}_scale" for letter in "qkv"}
+        for letter in "kv":
+            scale = scales[f"{block.name}.self_attn.{letter}_scale"].item()
+            exact = peak[index][letter] / 448
+            assert exact * (1 - 1e-5) <= scale <= exact * (1 + 2**-7)  # rounded up to bfloat16: 8 significant bits
+
+
+def test_fused_experts_are_named() -> None:
+    config = tf.MixtralConfig(**COMMON, num_local_experts=2)
+    blocks = find_blocks(make_model(config))
+    assert any("experts" in name for name in blocks[0].unowned_matrices())
+
+
+def test_arguments_that_depend_on_the_sample_are_refused() -> None:
+    model = make_model(tf.LlamaConfig(**COMMON))
+    blocks = find_blocks(model)
+    calls = iter(range(100))
+    rotary = model.model.rotary_emb.forward
+    model.model.rotary_emb.forward = lambda *args, **kw: tuple(t + next(calls) for t in rotary(*args, **kw))
+    with pytest.raises(CalibrationError, match=r"model.layers.0 takes arguments that differ between samples"):
+        capture_inputs(model, blocks, SAMPLES, torch.float32)
+
+
+def test_a_model_without_blocks_is_refused() -> None:
+    model = make_model(tf.LlamaConfig(**COMMON))
+    model.config.num_hidden_layers = 7
+    with pytest.raises(CalibrationError, match="no ModuleList of 7 decoder blocks"):
+        find_blocks(model)

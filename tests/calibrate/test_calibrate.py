@@ -1,0 +1,265 @@
+"""The whole run: files, determinism, refusals before work, and nothing half-written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file, save_file
+
+from calibrate import CalibrationError, calibrate
+from calibrate.cli import main
+from calibrate.inspection import inspect_checkpoint
+from calibrate.tuning import NonFiniteError
+from tests.calibrate.conftest import COMMON, make_model
+from tests.conftest import DEMO_MODEL, DEMO_SETTINGS, REPOSITORY
+from vllm_autoround.format.reader import dequantized_state_dict, read_manifest, tensor_files
+
+QUICK: dict[str, Any] = {"iters": 2, "batch_size": 2, "seqlen": 64, "nsamples": 4}
+
+
+def save_tiny(folder: Path, config: tf.PreTrainedConfig, *, untie: bool = True) -> Path:
+    """A tiny random model with the demo model's tokenizer."""
+    config.vocab_size, config.tie_word_embeddings = 1024, not untie
+    make_model(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((DEMO_MODEL / name).read_bytes())
+    return folder
+
+
+def test_files_and_report(demo_checkpoint: Path) -> None:
+    names = {path.name for path in demo_checkpoint.iterdir()}
+    assert {"config.json", "model.safetensors.index.json", "report.json", "tokenizer.json"} <= names
+    assert not list(demo_checkpoint.parent.glob("*.partial"))
+    config = json.loads((demo_checkpoint / "config.json").read_text())
+    original = json.loads((DEMO_MODEL / "config.json").read_text())
+    assert {key: config[key] for key in original} == original
+    assert config["vllm_autoround"]["format_version"] == 1
+    assert "vllm_autoround" not in config["quantization_config"]
+    index = json.loads((demo_checkpoint / "model.safetensors.index.json").read_text())["weight_map"]
+    assert index == {name: path.name for name, path in tensor_files(demo_checkpoint).items()}
+    assert "lm_head.weight" not in index  # tied in the original
+
+    report = json.loads((demo_checkpoint / "report.json").read_text())
+    assert report["settings"]["seed"] == 42
+    assert report["tuning"]["iters"] == 4
+    assert len(report["blocks"]) == 4
+    assert all(len(block["layers"]) == 7 for block in report["blocks"])
+    assert report["environment"]["torch"] == torch.__version__
+
+
+def test_inspection(demo_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inspection = inspect_checkpoint(demo_checkpoint)
+    assert inspection.average_bits == pytest.approx(4 + 16 / 128, abs=0.01)  # weight_shape adds 128 bits a layer
+    assert inspection.original_size_bytes == sum(t.nbytes for t in load_file(DEMO_MODEL / "model.safetensors").values())
+    assert [scheme.layers for scheme in inspection.schemes] == [28]
+    assert main(["inspect", str(demo_checkpoint)]) == 0
+    assert "W4A16 symmetric g128" in capsys.readouterr().out
+    assert main(["inspect", str(demo_checkpoint), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kv_cache"] == "fp8"
+
+
+def test_same_seed_same_bytes(demo_checkpoint: Path, demo_texts: list[str], tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    calibrate(DEMO_MODEL, again, dataset=demo_texts, **DEMO_SETTINGS)
+    names = {path.name for path in again.iterdir()} - {"report.json", "gate.json"}  # the report holds timings
+    assert len(names) > 6
+    for name in names:
+        assert (again / name).read_bytes() == (demo_checkpoint / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        tf.OPTConfig(
+            hidden_size=64,
+            ffn_dim=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=128,
+            word_embed_proj_dim=64,
+        ),
+        tf.Gemma3TextConfig(**{**COMMON, "num_hidden_layers": 2}, sliding_window=8),
+        tf.Qwen3Config(**{**COMMON, "num_hidden_layers": 2}),
+    ],
+    ids=lambda config: config.model_type,
+)
+@pytest.mark.parametrize("scheme", ["W3A16", "W2A16_ASYM"])
+def test_other_families_are_written_whole(
+    config: tf.PreTrainedConfig, scheme: str, tmp_path: Path, demo_texts: list[str]
+) -> None:
+    source = save_tiny(tmp_path / "source", config)
+    out = tmp_path / "out"
+    calibrate(source, out, scheme=scheme, group_size=32, kv_cache="fp8", dataset=demo_texts, **{**QUICK, "iters": 0})
+    state = dequantized_state_dict(out, torch.float32)
+    original = tf.AutoModelForCausalLM.from_pretrained(source)
+    assert state.keys() == original.state_dict().keys()
+    quantized = read_manifest(out).schemes
+    for name, tensor in original.state_dict().items():
+        if name.removesuffix(".weight") in quantized:
+            assert 0 < (state[name] - tensor).norm() / tensor.norm() < 0.7
+        else:
+            assert torch.equal(state[name], tensor)
+
+
+def test_ignored_layers_stay_as_they_were(tmp_path: Path, demo_texts: list[str]) -> None:
+    out = tmp_path / "out"
+    ignore = ("model.layers.1.mlp.down_proj", r"re:.*layers\.0\.self_attn\..*")
+    calibrate(DEMO_MODEL, out, dataset=demo_texts, ignore=ignore, **QUICK)
+    manifest = read_manifest(out)
+    assert len(manifest.schemes) == 28 - 5
+    assert set(manifest.ignore) == {
+        "lm_head",
+        "model.layers.1.mlp.down_proj",
+        *(f"model.layers.0.self_attn.{letter}_proj" for letter in "qkvo"),
+    }
+    state, original = dequantized_state_dict(out, torch.bfloat16), load_file(DEMO_MODEL / "model.safetensors")
+    for layer in set(manifest.ignore) - {"lm_head"}:
+        assert torch.equal(state[f"{layer}.weight"], original[f"{layer}.weight"])
+
+
+def broken_model(folder: Path) -> Path:
+    """The demo model with one NaN."""
+    folder.mkdir()
+    for path in DEMO_MODEL.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_every_problem_is_reported_at_once_before_any_work(tmp_path: Path, demo_texts: list[str]) -> None:
+    source, out = broken_model(tmp_path / "broken"), tmp_path / "out"
+    with pytest.raises(CalibrationError) as caught:
+        calibrate(
+            source,
+            out,
+            group_size=256,
+            dataset=demo_texts,
+            ignore=("model.layers.0.self_attn.q_proj", "model.layers.9.mlp"),
+            seqlen=4096,
+            nsamples=2,
+        )
+    message = str(caught.value)
+    for part in (
+        "model.layers.2.mlp.up_proj.weight has values that are not finite",
+        "model.layers.0.self_attn: vLLM fuses q_proj, k_proj, v_proj into one layer; ignore all of them or none",
+        "ignore 'model.layers.9.mlp' matches no linear layer; names look like model.layers.0.self_attn.q_proj",
+        "seqlen 4096 is more than the model's 2048 positions; use --seqlen 2048",
+        "batch-size 8 is more than nsamples 2",
+    ):
+        assert part in message
+    assert not out.exists()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_group_size_that_does_not_divide_names_the_fitting_ones(tmp_path: Path, demo_texts: list[str]) -> None:
+    source = save_tiny(tmp_path / "source", tf.LlamaConfig(**COMMON))
+    with pytest.raises(
+        CalibrationError, match=r"q_proj: in_features 64 is not a multiple .* use a group size of 16, 32, 64"
+    ):
+        calibrate(source, tmp_path / "out", dataset=demo_texts, **QUICK)
+
+
+def test_experts_are_refused_by_name(tmp_path: Path, demo_texts: list[str]) -> None:
+    source = save_tiny(tmp_path / "source", tf.MixtralConfig(**COMMON, num_local_experts=2))
+    with pytest.raises(CalibrationError, match=r"model.layers.0.mlp.experts.* is a matrix that no linear layer owns"):
+        calibrate(source, tmp_path / "out", group_size=32, dataset=demo_texts, **QUICK)
+
+
+def test_a_value_that_overflows_stops_the_run_by_name_and_leaves_nothing(tmp_path: Path, demo_texts: list[str]) -> None:
+    source = tmp_path / "overflowing"
+    broken_model(source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"].fill_(1e38)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NonFiniteError, match=r"model.layers.2: mlp.up_proj gives a value that is not finite"):
+        calibrate(source, tmp_path / "out", dataset=demo_texts, **QUICK)
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--scheme", "W9A16"], "weight bits must be 2 to 8, got 9"),
+        (["--group-size", "48"], "group size must be one of"),
+        (["--lr", "2"], "lr must be above 0 and at most 1, got 2.0"),
+        (["--iters", "-1", "--nsamples", "0"], "iters must be at least 0, got -1; nsamples must be at least 1, got 0"),
+        (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),
+        (["--dataset", "gone.jsonl"], "dataset gone.jsonl does not exist"),
+    ],
+)
+def test_bad_input_exits_2_with_one_message(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["calibrate", str(DEMO_MODEL), str(out), *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+    assert not out.exists()
+
+
+def test_a_folder_in_use_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "kept.txt").write_text("mine")
+    assert main(["calibrate", str(DEMO_MODEL), str(tmp_path)]) == 2
+    assert "exists and is not an empty folder; choose another or remove it" in capsys.readouterr().err
+    assert (tmp_path / "kept.txt").read_text() == "mine"
+
+
+def test_a_quantized_model_is_refused(demo_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match=r"is quantized already \(compressed-tensors\)"):
+        calibrate(demo_checkpoint, tmp_path / "out")
+
+
+def test_unknown_models_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(CalibrationError, match="is neither a folder nor to be had from the Hub"):
+        calibrate("nobody/no-such-model", tmp_path / "out")
+    with pytest.raises(CalibrationError, match=r"is a folder without config.json"):
+        calibrate(tmp_path, tmp_path / "out")
+
+
+def test_a_killed_run_leaves_no_checkpoint_and_the_next_one_succeeds(tmp_path: Path, demo_texts: list[str]) -> None:
+    data, out = tmp_path / "data.json", tmp_path / "out"
+    data.write_text(json.dumps(demo_texts))
+    command = [sys.executable, "-m", "calibrate", str(DEMO_MODEL), str(out), "--dataset", str(data)]
+    command += ["--iters", "3", "--batch-size", "2", "--seqlen", "64", "--nsamples", "4"]
+    process = subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True)
+    partial = tmp_path / "out.partial"
+    deadline = time.monotonic() + 120
+    while not list(partial.glob("model-*.safetensors")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert list(partial.glob("model-*.safetensors"))  # it was killed with work on disk
+    assert not out.exists()
+    assert main([*command[2:2], "calibrate", *command[3:]]) == 0
+    assert (out / "config.json").is_file()
+    assert not partial.exists()
+    inspect_checkpoint(out)
+
+
+def test_help_fits_two_screens_and_states_the_defaults() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "calibrate", "--help"],
+        cwd=REPOSITORY,
+        env={**os.environ, "COLUMNS": "80"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert len(run.stdout.splitlines()) <= 56
+    for flag in ("scheme", "group-size", "kv-cache", "dataset", "recipe", "iters", "batch-size", "lr", "seqlen"):
+        assert f"--{flag}" in run.stdout
+    for default in ("W4A16", "128", "autoround", "NeelNanda/pile-10k", "42"):
+        assert f"(default: {default})" in run.stdout or f"default: {default}" in run.stdout

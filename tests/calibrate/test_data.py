@@ -1,0 +1,78 @@
+"""The sampling rule, the file formats, and the errors."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from calibrate.config import CalibrationError
+from calibrate.data import load_samples
+from tests.conftest import DEMO_MODEL
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> AutoTokenizer:
+    return AutoTokenizer.from_pretrained(DEMO_MODEL)
+
+
+def test_long_texts_give_their_beginning_and_short_ones_are_packed(tokenizer: AutoTokenizer) -> None:
+    long = list(range(100, 140))
+    short = [[5, 6, 7], [8, 9]]
+    samples = load_samples([long, *short], tokenizer, seqlen=6, nsamples=2, seed=0).tolist()
+    eos = tokenizer.eos_token_id
+    assert long[:6] in samples
+    assert [5, 6, 7, eos, 8, 9] in samples or [8, 9, eos, 5, 6, 7] in samples
+
+
+def test_order_depends_on_the_seed_alone(tokenizer: AutoTokenizer) -> None:
+    texts = [[value] * 4 for value in range(2, 50)]
+    first, again, other = (load_samples(texts, tokenizer, seqlen=4, nsamples=8, seed=s).tolist() for s in (1, 1, 2))
+    assert first == again != other
+
+
+def test_too_little_text_says_how_much_there_was(tokenizer: AutoTokenizer) -> None:
+    with pytest.raises(CalibrationError, match="gives 1 samples of 4 tokens from 2 texts, 3 are needed"):
+        load_samples([[1, 2, 3, 4, 5], [6, 7]], tokenizer, seqlen=4, nsamples=3, seed=0)
+
+
+TEXTS = ["How many apples does Tom have now? " * 3, "Emma has 12 stickers and buys 9 more. " * 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", "\n".join(json.dumps({"text": text}) for text in TEXTS)),
+        ("a.jsonl.gz", "\n".join(json.dumps({"text": text}) for text in TEXTS)),
+        ("a.json", json.dumps(TEXTS)),
+        ("a.txt", "\n\n".join(TEXTS)),
+        ("b.v2.txt.gz", "\n\n".join(TEXTS)),
+    ],
+)
+def test_file_formats_give_the_same_samples(tokenizer: AutoTokenizer, tmp_path: Path, name: str, content: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content.encode()) if name.endswith(".gz") else content.encode())
+    expected = load_samples(TEXTS, tokenizer, seqlen=16, nsamples=2, seed=3)
+    assert load_samples(str(path), tokenizer, seqlen=16, nsamples=2, seed=3).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("gone.jsonl", None, "does not exist"),
+        ("bad.json", "{", "is not valid json"),
+        ("bad.jsonl", '{"content": "x"}', "item 0 is neither a string nor an object with a string under 'text'"),
+    ],
+)
+def test_bad_files(tokenizer: AutoTokenizer, tmp_path: Path, name: str, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(CalibrationError, match=message):
+        load_samples(str(tmp_path / name), tokenizer, seqlen=4, nsamples=1, seed=0)
+
+
+def test_an_unreachable_hub_dataset_says_so(tokenizer: AutoTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(CalibrationError, match=r"neither a local .json, .jsonl, .txt file .* nor loadable"):
+        load_samples("nobody/no-such-dataset", tokenizer, seqlen=4, nsamples=1, seed=0)

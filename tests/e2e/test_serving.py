@@ -1,0 +1,185 @@
+"""Calibrated here, served by real vLLM on the CPU: tokens, scales, tensor parallelism, HTTP, and the other readers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file, save_file
+
+from demo.problems import generate
+from tests.conftest import DEMO_MODEL
+from tests.e2e.engine import run_engine
+from vllm_autoround.format.manifest import KV_SCALES
+from vllm_autoround.format.reader import dequantized_state_dict, read_tensors
+
+pytestmark = pytest.mark.slow
+SCRIPTS = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    tokenizer = tf.AutoTokenizer.from_pretrained(DEMO_MODEL)
+    return [tokenizer(f"Question: {p['question']}\nAnswer:").input_ids for p in generate("test", 4, seed=2)]
+
+
+@pytest.fixture(scope="module")
+def without_kv(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo checkpoint without its KV-cache part, so that only weights differ from the original."""
+    folder = tmp_path_factory.mktemp("plain") / "w4a16"
+    folder.mkdir()
+    for path in demo_checkpoint.iterdir():
+        if path.suffix == ".safetensors":
+            tensors = {name: t for name, t in load_file(path).items() if name.rpartition(".")[2] not in KV_SCALES}
+            save_file(tensors, folder / path.name, metadata={"format": "pt"})
+        elif path.name != "model.safetensors.index.json":
+            (folder / path.name).write_bytes(path.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["kv_cache_scheme"] = None
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@torch.no_grad()
+def transformers_tokens(checkpoint: Path, prompts: list[list[int]], count: int) -> list[list[int]]:
+    """Greedy tokens of transformers, float32, on the dequantized weights."""
+    model = tf.AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
+    state = dequantized_state_dict(checkpoint, torch.float32)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert missing == ["lm_head.weight"]  # tied
+    tokens = []
+    for ids in prompts:
+        out = model.generate(torch.tensor([ids]), max_new_tokens=count, min_new_tokens=count, do_sample=False)
+        tokens.append(out[0, len(ids) :].tolist())
+    return tokens
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_greedy_tokens_equal_transformers_on_the_dequantized_weights(
+    without_kv: Path, prompts: list[list[int]], ranks: int
+) -> None:
+    if ranks == 2:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
+    try:
+        result = run_engine(without_kv, prompts, dtype="float32", quantization="autoround", tensor_parallel_size=ranks)
+    finally:
+        os.environ.pop("VLLM_CPU_OMP_THREADS_BIND", None)
+    assert result["tokens"] == transformers_tokens(without_kv, prompts, 24)
+    methods = {name: method for name, method in result["methods"].items() if "lm_head" not in name}
+    assert set(methods.values()) == {"AutoRoundLinearMethod"}
+    assert len(methods) == 4 * 4  # qkv, o, gate_up and down in four blocks
+    kernels = set(re.findall(r"(\w+) of W4A16 symmetric g128: the float32 reference", result["log"]))
+    assert kernels == {"QKVParallelLinear", "RowParallelLinear", "MergedColumnParallelLinear"}
+
+
+def test_the_marker_alone_claims_the_checkpoint_and_the_engine_has_the_files_scales(
+    demo_checkpoint: Path, prompts: list[list[int]]
+) -> None:
+    result = run_engine(demo_checkpoint, prompts)
+    assert "AutoRoundLinearMethod" in result["methods"].values()
+    stored = {name: t.item() for name, t in read_tensors(demo_checkpoint) if name.rpartition(".")[2] in KV_SCALES}
+    assert len(stored) == 12
+    for layer in range(4):
+        engine = result["scales"][f"model.layers.{layer}.self_attn.attn"]
+        assert engine["dtype"].startswith("fp8")
+        for letter in "qkv":
+            assert engine[letter] == stored[f"model.layers.{layer}.self_attn.{letter}_scale"]
+
+
+def test_stock_vllm_loads_the_checkpoint_without_the_plugin(demo_checkpoint: Path, prompts: list[list[int]]) -> None:
+    """float16: the only type in which vLLM's own CPU kernel neither fails nor quantizes activations."""
+    stock = run_engine(demo_checkpoint, prompts, plugins=False, dtype="float16")
+    assert "AutoRoundLinearMethod" not in stock["methods"].values()
+    ours = run_engine(demo_checkpoint, prompts, dtype="float16")
+    assert stock["scales"] == ours["scales"]
+    agreement = sum(
+        a == b for s, o in zip(stock["tokens"], ours["tokens"], strict=True) for a, b in zip(s, o, strict=True)
+    )
+    assert agreement >= 0.9 * 4 * 24  # two float16 kernels; greedy paths may part at a near tie
+
+
+@torch.no_grad()
+def test_transformers_loads_the_checkpoint_with_the_logits_of_the_dequantized_weights(
+    demo_checkpoint: Path, prompts: list[list[int]]
+) -> None:
+    loaded = tf.AutoModelForCausalLM.from_pretrained(demo_checkpoint, dtype=torch.float32)
+    reference = tf.AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
+    reference.load_state_dict(dequantized_state_dict(demo_checkpoint, torch.float32), strict=False)
+    ids = torch.tensor([prompts[0]])
+    expected = reference(ids).logits
+    # transformers quantizes the KV cache on the way (fp8, relative step 2^-4): compare without it first.
+    for module in loaded.modules():
+        if hasattr(module, "quantization_enabled"):
+            module.quantization_enabled = False
+    torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_vllm_serve_answers_over_http(demo_checkpoint: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(SCRIPTS / "vllm"), "serve", str(demo_checkpoint), "--quantization", "autoround"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--max-model-len", "512"]
+    server = subprocess.Popen(
+        command,
+        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    body = {
+        "model": str(demo_checkpoint),
+        "prompt": "Question: Tom has 12 apples and buys 30 more. How many apples does Tom have now?\nAnswer:",
+        "max_tokens": 64,
+        "temperature": 0,
+        "stop": ["Question:"],
+    }
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/completions",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    try:
+        text = _answer(server, request, deadline=time.monotonic() + 300)
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+    assert "<<12+30=42>>42" in text
+    assert text.rstrip().endswith("#### 42")
+
+
+def _answer(server: subprocess.Popen[bytes], request: urllib.request.Request, deadline: float) -> str:
+    """The completion's text, once the server listens."""
+    while time.monotonic() < deadline:
+        assert server.poll() is None, "the server ended before it answered"
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return str(json.load(response)["choices"][0]["text"])
+        except (ConnectionError, urllib.error.URLError):
+            time.sleep(1)
+    raise TimeoutError("the server did not answer")
+
+
+def test_the_gate_scores_both_models_through_vllm_and_passes(demo_checkpoint: Path, tmp_path: Path) -> None:
+    data, output = tmp_path / "problems.jsonl", tmp_path / "gate.json"
+    data.write_text("".join(json.dumps(problem) + "\n" for problem in generate("test", 10, seed=4)))
+    command = [SCRIPTS / "vllm-autoround", "gate", demo_checkpoint, "--baseline", DEMO_MODEL, "--data", data]
+    command += ["--num-fewshot", "2", "--min-recovery", "0.8", "--output", output]
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "PASSED: recovery" in run.stdout
+    result = json.loads(output.read_text())
+    assert result["metric"] == "exact_match,strict-match"
+    assert result["baseline_score"] >= 0.875  # at most one of eight wrong
+    assert result["recovery"] == result["score"] / result["baseline_score"]
