@@ -117,6 +117,8 @@ def tune_block(
     for name, weight in weights.items():
         if not weight.scale.isfinite().all():
             raise NonFiniteError(f"{name}: a scale is not finite in {scale_dtype}")
+        # From here on the block is what the checkpoint says, whatever a fused kernel rounded differently.
+        layers[name].weight.data.copy_(weight.dequantize().to(scale_dtype))
     reports = {name: _layer_report(goals[name], weights[name]) for name in layers}
     return TunedBlock(weights, reports, rtn_error, losses[-1].item() if recipe.iters else None)
 

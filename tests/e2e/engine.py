@@ -66,4 +66,4 @@ def run_engine(
     for line in run.stdout.splitlines():
         if line.startswith(MARK):
             return {**json.loads(line.removeprefix(MARK)), "log": run.stdout + run.stderr}
-    raise RuntimeError(f"the engine gave no result:\n{(run.stdout + run.stderr)[-6000:]}")
+    raise RuntimeError(f"the engine gave no result (status {run.returncode}):\n{(run.stdout + run.stderr)[-6000:]}")

@@ -1,0 +1,152 @@
+"""What the quality benchmark measures: perplexity, and accuracy on word problems, with plain transformers."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
+
+from calibrate.blocks import find_blocks
+
+Problem = dict[str, str]  # GSM8K's format: "question", and "answer" that ends in "#### N"
+
+STOP = "Question:"
+_TAIL = 12  # the tokens at a row's end in which STOP must show
+
+
+def load_model(folder: Path, state: Mapping[str, Tensor] | None, device: torch.device) -> PreTrainedModel:
+    """The model in ``folder`` in bfloat16, with its weights replaced by ``state``.
+
+    Raises:
+        ValueError: a tensor of ``state`` that the model lacks, or one of the model's that ``state`` does not set.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    if state is not None:
+        missing, unexpected = model.load_state_dict(dict(state), strict=False)
+        tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+        if wrong := unexpected or sorted(set(missing) - tied):
+            raise ValueError(f"{len(wrong)} tensors do not fit {type(model).__name__}, the first is {wrong[0]}")
+    return model.to(device)
+
+
+def check_levels(model: PreTrainedModel, bits: int, group_size: int) -> None:
+    """Every linear layer of the blocks takes at most 2**bits distinct, finite values in each group of inputs.
+
+    Raises:
+        ValueError: a layer that does not, by name: it is not the result of such a quantization.
+    """
+    for block in find_blocks(model):
+        for name, layer in block.linears().items():
+            levels = most_levels(layer.weight.detach(), group_size)
+            if levels > 1 << bits or not layer.weight.isfinite().all():
+                raise ValueError(
+                    f"{block.name}.{name} has {levels} values in a group, {1 << bits} is the most, or is not finite"
+                )
+
+
+def most_levels(weight: Tensor, group_size: int) -> int:
+    """The greatest number of distinct values in a group of weight [N, K]."""
+    ordered = weight.unflatten(-1, (-1, group_size)).sort(-1).values
+    return 1 + int((ordered.diff(dim=-1) != 0).sum(-1).max())
+
+
+def read_windows(path: Path, tokenizer: PreTrainedTokenizerBase, *, length: int, count: int) -> Tensor:
+    """The first windows [count, length] of a gzipped text, tokenized as a whole."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        ids = torch.tensor(tokenizer(file.read(), verbose=False).input_ids)
+    windows = ids[: len(ids) // length * length].unflatten(0, (-1, length))
+    if len(windows) < count:
+        raise ValueError(f"{path} gives {len(windows)} windows of {length} tokens, {count} are needed")
+    return windows[:count]
+
+
+def read_problems(path: Path) -> list[Problem]:
+    """Problems of a .jsonl.gz file."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.strip()]
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, windows: Tensor) -> float:
+    """exp of the mean negative log likelihood over all predicted tokens of windows [W, T]."""
+    total = 0.0
+    for part in windows.split(8):
+        ids = part.to(model.device)
+        logits = model(ids, use_cache=False).logits[:, :-1].float()
+        total += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
+    return math.exp(total / windows[:, 1:].numel())
+
+
+def accuracy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list[Problem],
+    problems: list[Problem],
+    *,
+    batch_size: int,
+) -> float:
+    """Share of the problems whose greedy answer, after the examples, ends in the right number."""
+    shots = "".join(f"Question: {example['question']}\nAnswer: {example['answer']}\n\n" for example in examples)
+    right = 0
+    for begin in range(0, len(problems), batch_size):
+        part = problems[begin : begin + batch_size]
+        prompts = [f"{shots}Question: {problem['question']}\nAnswer:" for problem in part]
+        answers = generate(model, tokenizer, prompts)
+        right += sum(
+            _number(answer) == _number(problem["answer"]) for answer, problem in zip(answers, part, strict=True)
+        )
+    return right / len(problems)
+
+
+@torch.no_grad()
+def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[str]:
+    """Greedy continuations of at most 256 tokens, each up to BOS, EOS or STOP."""
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
+    prompt_length = inputs.input_ids.shape[1]
+    ends = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None]
+    output = model.generate(
+        input_ids=inputs.input_ids,
+        attention_mask=inputs.attention_mask,
+        do_sample=False,
+        max_new_tokens=256,
+        eos_token_id=ends,
+        pad_token_id=tokenizer.pad_token_id,
+        stopping_criteria=[_StopAtText(tokenizer, prompt_length)],
+    )
+    return [_decode(tokenizer, row, ends) for row in output[:, prompt_length:].tolist()]
+
+
+class _StopAtText(StoppingCriteria):
+    """A row is done when STOP is among its last new tokens; generation ends when every row is."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_length: int) -> None:
+        self._tokenizer = tokenizer
+        self._prompt_length = prompt_length
+        self._done: list[bool] = []
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        tails = input_ids[:, max(self._prompt_length, input_ids.shape[1] - _TAIL) :].tolist()
+        self._done = self._done or [False] * len(tails)
+        rows = [row for row, done in enumerate(self._done) if not done]
+        for row, text in zip(rows, self._tokenizer.batch_decode([tails[row] for row in rows]), strict=True):
+            self._done[row] = STOP in text or tails[row][-1] == self._tokenizer.pad_token_id
+        return torch.tensor(self._done, device=input_ids.device)
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int], ends: list[int]) -> str:
+    length = next((index for index, token in enumerate(ids) if token in ends), len(ids))
+    return tokenizer.decode(ids[:length]).partition(STOP)[0]
+
+
+def _number(answer: str) -> str | None:
+    """What follows "####" on its line; None without it."""
+    _, marker, rest = answer.partition("####")
+    return rest.strip().partition("\n")[0].strip().replace(",", "") if marker else None
