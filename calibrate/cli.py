@@ -66,7 +66,9 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--format", default=defaults.format, choices=FORMATS, help="default: %(default)s")
     how = parser.add_argument_group("how to tune")
-    how.add_argument("--recipe", default=defaults.recipe, choices=RECIPES, metavar="NAME", help="see below (default: %(default)s)")
+    how.add_argument(
+        "--recipe", default=defaults.recipe, choices=RECIPES, metavar="NAME", help="see below (default: %(default)s)"
+    )
     how.add_argument("--iters", type=int, metavar="N", help="steps a block; 0 rounds to nearest (default: recipe)")
     how.add_argument("--batch-size", type=int, metavar="N", help="samples a step (default: recipe)")
     how.add_argument("--lr", type=float, help="first learning rate, falling to 0 linearly (default: recipe)")

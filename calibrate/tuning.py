@@ -47,6 +47,9 @@ class TunedBlock:
     final_loss: float | None  # mean squared error of the last step's samples; None without steps
 
 
+# A layer shape costs a compilation of each kernel, and a model with several schemes has several times four of them.
+@torch._dynamo.config.patch(recompile_limit=128)
+@torch.enable_grad()
 def tune_block(
     block: nn.Module,
     schemes: Mapping[str, QuantScheme],

@@ -16,10 +16,10 @@ DEMO_MODEL = REPOSITORY / "demo" / "model"
 DEMO_SETTINGS: dict[str, Any] = {
     "scheme": "W4A16",
     "kv_cache": "fp8",
-    "iters": 4,
+    "iters": 16,
     "batch_size": 4,
     "seqlen": 256,
-    "nsamples": 8,
+    "nsamples": 16,
 }
 
 

@@ -49,7 +49,7 @@ def test_files_and_report(demo_checkpoint: Path) -> None:
 
     report = json.loads((demo_checkpoint / "report.json").read_text())
     assert report["settings"]["seed"] == 42
-    assert report["tuning"]["iters"] == 4
+    assert report["tuning"]["iters"] == 16
     assert len(report["blocks"]) == 4
     assert all(len(block["layers"]) == 7 for block in report["blocks"])
     assert report["environment"]["torch"] == torch.__version__

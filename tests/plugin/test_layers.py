@@ -345,22 +345,12 @@ def test_logits_of_a_head_without_bias() -> None:
     assert ((logits.double() - truth).abs() <= rounding_bound(hidden, weight, COLUMNS)).all()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="vLLM's loader cuts the zero points of a vocabulary down to whole words; neither loaded nor refused by name",
-)
 def test_lm_head_whose_zero_points_do_not_fill_words() -> None:
     weight = random_weight(QuantScheme(bits=4, group_size=32, symmetric=False), 500, COLUMNS, torch.float32)
     with pytest.raises(ValueError, match=r"^lm_head: "):
         loaded_head(weight)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=pytest.fail.Exception,
-    reason="in a model that ties it to the embedding vLLM skips the head's tensors, and the head computes garbage",
-)
 def test_quantized_lm_head_cannot_be_tied_to_the_embedding() -> None:
     head = create_head(500, QuantScheme(bits=4, group_size=32))
     with pytest.raises(ValueError, match=r"^lm_head: "):

@@ -75,5 +75,5 @@ def dequantized_state_dict(folder: Path, dtype: torch.dtype) -> dict[str, Tensor
             state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     for layer, tensors in packed.items():
         weight = QuantizedWeight.from_tensors(tensors, manifest.schemes[layer])
-        state[f"{layer}.weight"] = weight.dequantize().to(weight.scale.dtype).to(dtype)
+        state[f"{layer}.weight"] = weight.dequantize().to(dtype)
     return state

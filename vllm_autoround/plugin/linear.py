@@ -10,6 +10,7 @@ from torch import Tensor
 from vllm.logger import init_logger
 from vllm.model_executor.kernels.linear import choose_mp_linear_kernel
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.parameter import (
     BasevLLMParameter,
     ChannelQuantScaleParameter,
@@ -75,7 +76,11 @@ class AutoRoundLinearMethod(LinearMethodBase):
         """
         scheme, columns, rows = self.scheme, input_size_per_partition, sum(output_partition_sizes)
         row_parallel = input_size != input_size_per_partition
-        self._check_partition(columns, output_partition_sizes, input_size, row_parallel)
+        # Rows at whose ends a loader cuts zero points; lm_head's are its vocabulary, not the padded size given here.
+        cut_rows = output_partition_sizes if len(output_partition_sizes) > 1 or rows != output_size else []
+        if isinstance(layer, ParallelLMHead):
+            cut_rows = [layer.org_vocab_size]
+        self._check_partition(columns, cut_rows, input_size, row_parallel)
 
         # The kernels of vLLM read these attributes of the layer.
         layer.input_size_per_partition = columns
@@ -126,7 +131,14 @@ class AutoRoundLinearMethod(LinearMethodBase):
         """x [..., K] -> [..., N], in the dtype of x."""
         return self.kernel.apply_weights(layer, x, bias)
 
-    def _check_partition(self, columns: int, row_parts: list[int], input_size: int, row_parallel: bool) -> None:
+    def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
+        """vLLM ties lm_head to the embedding and skips its tensors: a quantized head would stay uninitialized."""
+        raise ValueError(
+            f"{self.prefix}: quantized, but config.json ties it to the embedding, so it would never be loaded; "
+            "set tie_word_embeddings to false"
+        )
+
+    def _check_partition(self, columns: int, cut_rows: list[int], input_size: int, row_parallel: bool) -> None:
         scheme = self.scheme
         if row_parallel and columns % (scheme.group_size or 1):
             raise ValueError(
@@ -138,7 +150,7 @@ class AutoRoundLinearMethod(LinearMethodBase):
                 f"{self.prefix}: tensor parallelism leaves {columns} input features of {scheme.bits} bits to a rank, "
                 "which is not a whole number of 32-bit words; use fewer ranks"
             )
-        if not scheme.symmetric and (uneven := [part for part in row_parts if part * scheme.bits % 32]):
+        if not scheme.symmetric and (uneven := [part for part in cut_rows if part * scheme.bits % 32]):
             raise ValueError(
                 f"{self.prefix}: {uneven[0]} output rows with zero points of {scheme.bits} bits are not a whole "
                 "number of 32-bit words; use fewer ranks or a symmetric scheme"
