@@ -43,8 +43,9 @@ def write_result(name: str, payload: dict[str, Any], folder: Path = RESULTS) -> 
 
 
 def _command_line() -> str:
-    """As typed with ``python -m`` in the repository's root, without ``--results``, which changes no figure."""
-    program, arguments = Path(sys.argv[0]).resolve(), sys.argv[1:]
+    """As typed with ``python -m`` in the repository's root, paths by their last part, without ``--results``."""
+    program = Path(sys.argv[0]).resolve()
+    arguments = [Path(word).name if "/" in word and Path(word).exists() else word for word in sys.argv[1:]]
     if "--results" in arguments:
         at = arguments.index("--results")
         del arguments[at : at + 2]

@@ -79,22 +79,14 @@ def tune_block(
         NonFiniteError: a loss, gradient, output or scale that is not finite, with the layer's name.
     """
     device = next(block.parameters()).device
+    layers = {name: _Layer.of(block, name, scheme, scale_dtype) for name, scheme in schemes.items()}
     kernels = _kernels(device)
-    layers = {name: cast(nn.Linear, block.get_submodule(name)) for name in schemes}
-    goals = {name: Target.of(layers[name].weight.detach().clone(), schemes[name], scale_dtype) for name in schemes}
-    roundings = {name: Rounding.nearest(goal.weight, goal.scheme) for name, goal in goals.items()}
     block.requires_grad_(False)
-
-    def install() -> None:
-        for name, layer in layers.items():
-            layer.weight.data.copy_(kernels.fake_quantize(goals[name], roundings[name]))
-
-    with torch.no_grad():
-        install()
-        rtn_error = relative_error(block, inputs, targets, arguments)
+    _install(layers, kernels)
+    rtn_error = relative_error(block, inputs, targets, arguments)
 
     for layer in layers.values():
-        layer.weight.requires_grad_(True)
+        layer.module.weight.requires_grad_(True)
     rates = torch.tensor([recipe.learning_rate(step) for step in range(recipe.iters)], device=device)
     losses = torch.zeros(recipe.iters, device=device)  # read once, after the loop: no synchronisation inside
     batches = _minibatches(len(inputs), recipe.batch_size, generator)
@@ -105,25 +97,64 @@ def tune_block(
             loss = F.mse_loss(output.float(), _fetch(targets, picked, device).float())
             loss.backward()
             losses[step] += loss.detach() / accumulate
-        with torch.no_grad():
-            for name, layer in layers.items():
-                kernels.sign_step(goals[name], roundings[name], cast(Tensor, layer.weight.grad), rates[step])
-                layer.weight.grad = None
-            install()
+        _update(layers, rates[step], kernels)
         on_step()
-
     block.requires_grad_(False)
+
     if not losses.isfinite().all():
         step = int((~losses.isfinite()).nonzero()[0])
-        raise NonFiniteError(f"the loss of step {step} is {losses[step].item()}")
-    weights = {name: freeze(goals[name], roundings[name]) for name in layers}
-    for name, weight in weights.items():
-        if not weight.scale.isfinite().all():
-            raise NonFiniteError(f"{name}: a scale is not finite in {scale_dtype}")
-        # From here on the block is what the checkpoint says, whatever a fused kernel rounded differently.
-        layers[name].weight.data.copy_(weight.dequantize().to(scale_dtype))
-    reports = {name: _layer_report(goals[name], weights[name]) for name in layers}
+        culprit = _first_non_finite(block, _fetch(inputs, torch.arange(1), device), arguments)
+        raise NonFiniteError(f"{culprit} gives a value that is not finite; the loss of step {step} is {losses[step]}")
+    weights = {name: _finish(name, layer) for name, layer in layers.items()}
+    reports = {name: _layer_report(layer.target, weights[name]) for name, layer in layers.items()}
     return TunedBlock(weights, reports, rtn_error, losses[-1].item() if recipe.iters else None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One linear layer under tuning."""
+
+    module: nn.Linear
+    target: Target
+    rounding: Rounding
+
+    @classmethod
+    def of(cls, block: nn.Module, name: str, scheme: QuantScheme, scale_dtype: torch.dtype) -> _Layer:
+        module = cast(nn.Linear, block.get_submodule(name))
+        weight = module.weight.detach().clone()
+        return cls(module, Target.of(weight, scheme, scale_dtype), Rounding.nearest(weight, scheme))
+
+
+@torch.no_grad()
+def _install(layers: Mapping[str, _Layer], kernels: _Kernels) -> None:
+    """Give every layer the dequantized values of its current rounding."""
+    for layer in layers.values():
+        layer.module.weight.copy_(kernels.fake_quantize(layer.target, layer.rounding))
+
+
+@torch.no_grad()
+def _update(layers: Mapping[str, _Layer], rate: Tensor, kernels: _Kernels) -> None:
+    """One step of sign descent on every layer, from the gradients of its dequantized weight."""
+    for layer in layers.values():
+        kernels.sign_step(layer.target, layer.rounding, cast(Tensor, layer.module.weight.grad), rate)
+        layer.module.weight.grad = None
+    _install(layers, kernels)
+
+
+@torch.no_grad()
+def _finish(name: str, layer: _Layer) -> QuantizedWeight:
+    """The layer as it goes to disk, and into the block: from here on it is what the checkpoint says, bit for bit.
+
+    Raises:
+        NonFiniteError: a rounding or a scale that is not finite.
+    """
+    if not layer.rounding.offset.isfinite().all():
+        raise NonFiniteError(f"{name}: a gradient is not finite")
+    weight = freeze(layer.target, layer.rounding)
+    if not weight.scale.isfinite().all():
+        raise NonFiniteError(f"{name}: a scale is not finite in {layer.target.scale_dtype}")
+    layer.module.weight.copy_(weight.dequantize().to(layer.target.scale_dtype))
+    return weight
 
 
 @torch.no_grad()

@@ -52,6 +52,8 @@ def run_engine(
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
     }
+    if settings.get("tensor_parallel_size", 1) == 1:
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process instead of three: the import takes longest
     if not plugins:
         environment["VLLM_PLUGINS"] = ""
     request = {"model": str(model), "prompts": prompts, "max_tokens": max_tokens, "settings": settings}
