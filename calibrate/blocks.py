@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -53,12 +53,11 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
     return [Block(f"{name}.{index}", module) for index, module in enumerate(stacks[name])]
 
 
-@dataclass(frozen=True, slots=True)
-class BlockInputs:
+class BlockInputs(NamedTuple):
     """What the model hands to its blocks."""
 
     hidden: Tensor  # [S, T, H]: samples, tokens, features; input of the first block
-    arguments: list[dict[str, Any]]  # of each block: everything but the hidden states, the same for every sample
+    arguments: list[dict[str, Any]]  # of each block: what its forward takes beside the hidden states, for any sample
 
 
 @torch.no_grad()
@@ -67,23 +66,27 @@ def capture_inputs(model: PreTrainedModel, blocks: list[Block], samples: Tensor,
 
     Args:
         samples: [S, T] token ids without padding.
-        dtype: compute type of the hidden states.
+        dtype: what hidden states, masks and position embeddings are converted to; the embedding runs in its own.
 
     Raises:
-        CalibrationError: a block takes arguments that depend on the sample.
+        CalibrationError: a block takes arguments that depend on the sample, or the model does something to the hidden
+            states between blocks.
     """
     hidden: list[Tensor] = []
     arguments: list[dict[str, Any]] = []
     embed = model.get_input_embeddings()
     for sample in samples:
-        calls = _record_calls(model, blocks, embed(sample[None]).to(dtype))
-        hidden.append(calls[0][0])
+        calls = _record_calls(model, blocks, embed(sample[None]))
+        entering = calls[0][0]
+        if any(states is not entering for states, _ in calls):
+            raise CalibrationError(f"{type(model).__name__} changes hidden states between its blocks; not supported")
+        hidden.append(entering.to(dtype))
         if not arguments:
             arguments = [kwargs for _, kwargs in calls]
         for block, first, (_, kwargs) in zip(blocks, arguments, calls, strict=True):
             if not _same(first, kwargs):
                 raise CalibrationError(f"{block.name} takes arguments that differ between samples; not supported")
-    return BlockInputs(torch.cat(hidden), arguments)
+    return BlockInputs(torch.cat(hidden), pytree.tree_map_only(Tensor, lambda t: _in_dtype(t, dtype), arguments))
 
 
 def run_block(block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -102,6 +105,10 @@ def to_device(block: Block, device: torch.device, dtype: torch.dtype) -> nn.Modu
 def move_arguments(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """The tensors of a block's arguments on ``device``."""
     return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), arguments)
+
+
+def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 class _AllCaptured(Exception):

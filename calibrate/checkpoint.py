@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 from calibrate.blocks import Block
-from calibrate.source import WEIGHT_FILES, Source
+from calibrate.config import CalibrationError
+from calibrate.source import FOREIGN_WEIGHTS, Source
 from vllm_autoround.format.codec import QuantizedWeight
 from vllm_autoround.format.manifest import FORMAT_VERSION, MARKER, Manifest, to_compressed_tensors, verify_tensors
 
+PARTIAL_MARK = ".vllm-autoround-partial"  # in a partial folder of ours, locked while its run lives
+_SUBFOLDERS = ("additional_chat_templates",)
+
+
+def partial_folder(out: Path) -> Path:
+    """Where a checkpoint is collected until it is whole: beside ``out``, so that a rename suffices."""
+    return out.with_name(out.name + ".partial")
+
 
 class CheckpointWriter:
-    """Collects a checkpoint in ``<out>.partial`` and renames the folder to ``out`` once it is whole.
+    """Collects a checkpoint in `partial_folder` and renames that to ``out`` once it is whole.
 
-    As a context manager it removes the partial folder when the run fails; one left by a killed run is replaced.
+    As a context manager it removes the partial folder when the run fails; one left by a killed run is replaced. A
+    checkpoint that is complete but cannot be given its name stays where it is.
     """
 
     def __init__(self, out: Path, source: Source, blocks: Sequence[Block]) -> None:
         self.out = out
-        self.partial = out.with_name(out.name + ".partial")
+        self.partial = partial_folder(out)
+        self._complete = False
+        self._lock: IO[str] | None = None
         self._source = source
         self._blocks = blocks
         self._files: dict[str, str] = {}  # tensor -> shard file
@@ -35,14 +48,20 @@ class CheckpointWriter:
 
     def __enter__(self) -> Self:
         if self.partial.exists():
+            with (self.partial / PARTIAL_MARK).open() as mark:
+                _lock(mark, self.partial)  # not if another run is at it
             shutil.rmtree(self.partial)
         self.partial.mkdir(parents=True)
+        self._lock = (self.partial / PARTIAL_MARK).open("w")
+        _lock(self._lock, self.partial)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
+        if self._lock is not None:
+            self._lock.close()
+        if kind is not None and not self._complete:
             shutil.rmtree(self.partial, ignore_errors=True)
 
     def write_block(self, index: int, weights: Mapping[str, QuantizedWeight], kv_scales: Mapping[str, Tensor]) -> None:
@@ -77,11 +96,23 @@ class CheckpointWriter:
         self._write_json("config.json", config)
 
     def publish(self, report: Mapping[str, Any]) -> None:
-        """Write report.json and give the folder its final name."""
+        """Write report.json and give the folder its final name.
+
+        Raises:
+            CalibrationError: the name was taken in the meantime; says where the checkpoint is.
+        """
         self._write_json("report.json", report)
-        if self.out.exists():
-            self.out.rmdir()  # empty, or make_plan would have refused
-        self.partial.rename(self.out)
+        self._complete = True
+        (self.partial / PARTIAL_MARK).unlink()
+        _sync(self.partial)
+        try:
+            if self.out.exists():
+                self.out.rmdir()  # it was empty when the run began
+            self.partial.rename(self.out)
+        except OSError as error:
+            raise CalibrationError(
+                f"{self.out} cannot be written any more ({error.strerror}); the finished checkpoint is {self.partial}"
+            ) from error
         _sync(self.out.parent)
 
     def _tensors_outside_blocks(self) -> dict[str, Tensor]:
@@ -104,15 +135,26 @@ class CheckpointWriter:
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
         path = self.partial / name
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         _sync(path)
 
     def _copy_other_files(self) -> None:
-        """Tokenizer, generation config, chat template, licence: all small files beside the weights, unchanged."""
-        for path in sorted(self._source.folder.iterdir()):
-            weights = any(path.match(pattern) for pattern in WEIGHT_FILES)
-            if path.is_file() and not weights and path.name != "config.json" and not path.name.startswith("."):
-                shutil.copyfile(path, self.partial / path.name)
+        """Tokenizer, generation config, chat templates, licence: all small files beside the weights, unchanged."""
+        skipped = ("config.json", ".*", "*.safetensors", "*.index.json", *FOREIGN_WEIGHTS)
+        folder = self._source.folder
+        for path in sorted([*folder.iterdir(), *(file for name in _SUBFOLDERS for file in (folder / name).glob("*"))]):
+            if path.is_file() and not any(path.match(pattern) for pattern in skipped):
+                target = self.partial / path.relative_to(folder)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
+                _sync(target)
+
+
+def _lock(mark: IO[str], partial: Path) -> None:
+    try:
+        fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise CalibrationError(f"another run is writing {partial}; wait for it or choose another folder") from error
 
 
 def _sync(path: Path) -> None:

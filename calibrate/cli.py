@@ -64,7 +64,13 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="linear layers to leave as they are: full names or re:PATTERN (default: none; lm_head always is)",
     )
-    what.add_argument("--format", default=defaults.format, choices=FORMATS, help="default: %(default)s")
+    what.add_argument(
+        "--format",
+        default=defaults.format,
+        choices=FORMATS,
+        metavar="NAME",
+        help="layout on disk (default: %(default)s)",
+    )
     how = parser.add_argument_group("how to tune")
     how.add_argument(
         "--recipe", default=defaults.recipe, choices=RECIPES, metavar="NAME", help="see below (default: %(default)s)"
@@ -79,7 +85,9 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="batches a step (default: %(default)s)",
     )
-    how.add_argument("--seed", type=int, default=defaults.seed, help="default: %(default)s")
+    how.add_argument(
+        "--seed", type=int, default=defaults.seed, help="of data order and minibatches (default: %(default)s)"
+    )
     data = parser.add_argument_group("on what data")
     data.add_argument(
         "--dataset",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
+from vllm_autoround.format.errors import SchemeError
 from vllm_autoround.format.scheme import QuantScheme
 
 DEFAULT_DATASET = "NeelNanda/pile-10k"
@@ -15,7 +17,7 @@ Dataset = str | Sequence[str] | Sequence[Sequence[int]]
 
 
 class CalibrationError(ValueError):
-    """Bad input, found before any work was lost: the message names the value, the limit and the way out."""
+    """Bad input: the message names the value, the limit and the way out. The command line exits with status 2."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +49,7 @@ class CalibrationConfig:
     """Settings of one run. None stands for the recipe's value.
 
     Raises:
-        CalibrationError: a value outside its range.
-        SchemeError: an unknown scheme or group size.
+        CalibrationError: values outside their range, an unknown scheme or group size; all of them at once.
     """
 
     scheme: str = "W4A16"  # W2A16 to W8A16, each also with _ASYM
@@ -62,13 +63,17 @@ class CalibrationConfig:
     nsamples: int | None = None
     lr: float | None = None
     gradient_accumulate_steps: int = 1
-    ignore: tuple[str, ...] = ()  # full module names, or re:PATTERN
+    ignore: Iterable[str] = ()  # full module names, or re:PATTERN
     device: str = "auto"
     seed: int = 42
     format: str = FORMATS[0]
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        # Whatever Python callers hand over must be comparable and go into report.json.
+        object.__setattr__(self, "ignore", tuple(self.ignore))
+        if isinstance(self.dataset, os.PathLike):
+            object.__setattr__(self, "dataset", os.fspath(self.dataset))
         problems = []
         if self.recipe not in RECIPES:
             problems.append(f"recipe {self.recipe!r} is unknown; known are {', '.join(RECIPES)}")
@@ -79,13 +84,16 @@ class CalibrationConfig:
         least = {"iters": 0, "batch_size": 1, "seqlen": 2, "nsamples": 1, "gradient_accumulate_steps": 1}
         for field, limit in least.items():
             value = getattr(self, field)
-            if value is not None and value < limit:
-                problems.append(f"{field.replace('_', '-')} must be at least {limit}, got {value}")
+            if value is not None and (type(value) is not int or value < limit):
+                problems.append(f"{field.replace('_', '-')} must be a whole number of at least {limit}, got {value!r}")
         if self.lr is not None and not 0 < self.lr <= 1:
             problems.append(f"lr must be above 0 and at most 1, got {self.lr}")
+        try:
+            _ = self.quant_scheme
+        except SchemeError as error:
+            problems.append(str(error))
         if problems:
-            raise CalibrationError("; ".join(problems))
-        _ = self.quant_scheme
+            raise CalibrationError("\n".join(problems))
 
     @property
     def quant_scheme(self) -> QuantScheme:

@@ -24,12 +24,15 @@ _SUFFIXES = (".json", ".jsonl", ".txt")
 
 
 def load_samples(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, seqlen: int, nsamples: int, seed: int
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, seqlen: int, nsamples: int, seed: int, vocabulary: int
 ) -> Tensor:
     """Calibration samples [nsamples, seqlen] int64, by the rule of this module.
 
+    Args:
+        vocabulary: rows of the model's embedding; every token id must be below.
+
     Raises:
-        CalibrationError: an unreadable data set, or too little text in it.
+        CalibrationError: an unreadable data set, too little text in it, or token ids that the model does not have.
     """
     texts = list(_read(dataset))
     random.Random(seed).shuffle(texts)
@@ -37,12 +40,19 @@ def load_samples(
     for sample in _pack(_tokenize(texts, tokenizer), seqlen, tokenizer.eos_token_id):
         samples.append(sample)
         if len(samples) == nsamples:
-            return torch.tensor(samples)
+            return _checked(torch.tensor(samples), vocabulary)
     name = dataset if isinstance(dataset, str) else "the data set"
     raise CalibrationError(
         f"{name} gives {len(samples)} samples of {seqlen} tokens from {len(texts)} texts, {nsamples} are needed; "
         f"lower nsamples or seqlen, or give more text"
     )
+
+
+def _checked(samples: Tensor, vocabulary: int) -> Tensor:
+    low, high = samples.min().item(), samples.max().item()
+    if low < 0 or high >= vocabulary:
+        raise CalibrationError(f"token ids run from {low} to {high}, the model's vocabulary is 0 to {vocabulary - 1}")
+    return samples
 
 
 def _read(dataset: Dataset) -> Iterable[str | Sequence[int]]:
@@ -60,14 +70,23 @@ def _read(dataset: Dataset) -> Iterable[str | Sequence[int]]:
 def _read_file(path: Path, kind: str) -> list[str]:
     """One text a line (.jsonl), an item (.json) or a paragraph, that is, between blank lines (.txt)."""
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        content = file.read()
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            content = file.read()
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"dataset {path} cannot be read: {error}") from error
     if kind == ".txt":
         return [text for text in content.split("\n\n") if text.strip()]
+    # Not splitlines(): JSON strings may hold the other characters that it takes for line ends.
+    documents = [content] if kind == ".json" else [line for line in content.split("\n") if line.strip()]
     try:
-        rows = json.loads(content) if kind == ".json" else [json.loads(line) for line in content.splitlines() if line]
+        rows = [json.loads(document) for document in documents]
     except json.JSONDecodeError as error:
         raise CalibrationError(f"dataset {path} is not valid {kind[1:]}: {error}") from error
+    if kind == ".json":
+        rows = rows[0]
+        if not isinstance(rows, list):
+            raise CalibrationError(f"dataset {path} is a JSON {type(rows).__name__}, expected a list of texts")
     return [_text_of(row, f"{path}, item {index}") for index, row in enumerate(rows)]
 
 
@@ -93,6 +112,7 @@ def _text_of(row: object, where: str) -> str:
 
 
 def _tokenize(texts: Sequence[str | Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """Token ids of each text that has any."""
     for text in texts:
         # A text may be far longer than the model reads; `verbose` is the tokenizer's warning about that.
         ids = tokenizer(text, verbose=False).input_ids if isinstance(text, str) else list(text)
@@ -101,6 +121,7 @@ def _tokenize(texts: Sequence[str | Sequence[int]], tokenizer: PreTrainedTokeniz
 
 
 def _pack(documents: Iterable[list[int]], seqlen: int, eos: int | None) -> Iterator[list[int]]:
+    """Samples of exactly ``seqlen`` token ids, by the rule of this module."""
     pack: list[int] = []
     for ids in documents:
         if len(ids) >= seqlen:

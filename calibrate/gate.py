@@ -24,6 +24,7 @@ from vllm_autoround.format.manifest import MARKER
 _LOCAL_TASK = "gsm8k_local"
 # The filter whose score decides, where a task has it; a task without it is judged by its first metric.
 _PRIMARY_FILTER = "strict-match"
+_MOST_RECOVERY = 2.0  # anything above is a percentage by mistake
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,32 +69,32 @@ def run_gate(config: GateConfig) -> GateResult:
         if config.data is not None:
             task, tasks_dir = _LOCAL_TASK, _write_local_task(config.data, config.num_fewshot, Path(scratch))
         environment = vllm_environment(Path(scratch))
-        before, after = (
-            _evaluate(model, task, tasks_dir, config, environment, Path(scratch))
-            for model in (config.baseline, config.model)
-        )
-    result = _compare(before, after, config.min_recovery)
-    print(_table(config, task, result, before, after))  # noqa: T201
-    _write(config, result, before, after)
+        # Both models' arguments first: a misspelt checkpoint must not cost the baseline's whole evaluation.
+        runs = [_model_arguments(model, config) for model in (config.baseline, config.model)]
+        before, after = (_evaluate(run, task, tasks_dir, config, environment, Path(scratch)) for run in runs)
+    result = _compare(before.scores, after.scores, config.min_recovery, before.higher_is_better)
+    print(_table(config, task, result, before.scores, after.scores))  # noqa: T201
+    _write(config, result, before.scores, after.scores)
     return result
 
 
 def _check(config: GateConfig) -> None:
-    problems = []
-    if find_spec("lm_eval") is None:
-        problems.append("lm-eval is not installed; pip install 'vllm-autoround[eval]'")
-    if find_spec("vllm") is None:
-        problems.append("vLLM is not installed; pip install 'vllm-autoround[cuda]' or 'vllm-autoround[cpu]'")
-    for path in (config.data, config.tasks_dir):
-        if path is not None and not path.exists():
-            problems.append(f"{path} does not exist")
-    if config.data is not None and config.task != "gsm8k":
-        problems.append(f"--data holds problems in GSM8K's format; it goes with --task gsm8k, not {config.task}")
-    if config.num_fewshot < 0:
-        problems.append(f"num-fewshot must be at least 0, got {config.num_fewshot}")
-    if config.limit is not None and config.limit < 1:
-        problems.append(f"limit must be at least 1, got {config.limit}")
-    if problems:
+    missing = [path for path in (config.data, config.tasks_dir) if path is not None and not path.exists()]
+    checks = {
+        "lm-eval is not installed; pip install 'vllm-autoround[eval]'": find_spec("lm_eval") is not None,
+        "vLLM is not installed; pip install 'vllm-autoround[cuda]' or 'vllm-autoround[cpu]'": find_spec("vllm")
+        is not None,
+        f"{', '.join(map(str, missing))} does not exist": not missing,
+        f"--data holds problems in GSM8K's format; it goes with --task gsm8k, not {config.task}": config.data is None
+        or config.task == "gsm8k",
+        f"one task at a time, got {config.task}": "," not in config.task,
+        f"num-fewshot must be at least 0, got {config.num_fewshot}": config.num_fewshot >= 0,
+        f"limit must be at least 1, got {config.limit}": config.limit is None or config.limit >= 1,
+        f"min-recovery is a ratio like 0.98, got {config.min_recovery}": 0 < config.min_recovery <= _MOST_RECOVERY,
+        f"--output {config.output} cannot be written: its folder does not exist": config.output is None
+        or config.output.absolute().parent.is_dir(),
+    }
+    if problems := [message for message, holds in checks.items() if not holds]:
         raise CalibrationError("\n".join(problems))
 
 
@@ -149,12 +150,25 @@ def _lm_eval_folder() -> Path:
     return Path(spec.origin).parent
 
 
+@dataclass(frozen=True, slots=True)
+class _Evaluation:
+    """What lm-eval reports for one task."""
+
+    scores: dict[str, Any]  # "metric,filter" -> value, and the standard errors
+    higher_is_better: dict[str, bool]  # by metric
+
+
 def _evaluate(
-    model: str, task: str, tasks_dir: Path | None, config: GateConfig, environment: dict[str, str], scratch: Path
-) -> dict[str, Any]:
-    """lm-eval's result for one model: the metrics of the task."""
+    arguments: dict[str, Any],
+    task: str,
+    tasks_dir: Path | None,
+    config: GateConfig,
+    environment: dict[str, str],
+    scratch: Path,
+) -> _Evaluation:
+    """Run lm-eval on one model."""
+    model = arguments["pretrained"]
     output = scratch / f"result-{len(list(scratch.iterdir()))}"
-    arguments = _model_arguments(model, config)
     command = [
         *(sys.executable, "-m", "lm_eval", "run", "--model", "vllm", "--batch_size", "auto"),
         *("--model_args", ",".join(f"{key}={value}" for key, value in arguments.items())),
@@ -171,7 +185,7 @@ def _evaluate(
         print(process.stdout, file=sys.stderr)  # noqa: T201
         raise CalibrationError(f"lm-eval failed on {model} (exit status {process.returncode}); its output is above")
     content: dict[str, Any] = json.loads(results[-1].read_text(encoding="utf-8"))
-    return dict(content["results"][task])
+    return _Evaluation(content["results"][task], content.get("higher_is_better", {}).get(task, {}))
 
 
 def _model_arguments(model: str, config: GateConfig) -> dict[str, Any]:
@@ -201,12 +215,16 @@ def _has_marker(folder: Path) -> bool:
     return config.is_file() and MARKER in json.loads(config.read_text(encoding="utf-8"))
 
 
-def _compare(before: dict[str, Any], after: dict[str, Any], min_recovery: float) -> GateResult:
+def _compare(
+    before: dict[str, Any], after: dict[str, Any], min_recovery: float, higher_is_better: dict[str, bool]
+) -> GateResult:
     metric = _primary_metric(before)
     score, baseline_score = float(after[metric]), float(before[metric])
     if baseline_score == 0:
         raise CalibrationError(f"the baseline scores 0 in {metric}: nothing to compare with")
     name, _, filter_name = metric.partition(",")
+    if higher_is_better.get(name) is False:
+        raise CalibrationError(f"{name} is better when lower; the gate compares scores that are better when higher")
     stderr = after.get(f"{name}_stderr,{filter_name}")
     recovery = score / baseline_score
     return GateResult(

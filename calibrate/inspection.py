@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from vllm_autoround.format.manifest import KV_SCALES, verify_tensors
-from vllm_autoround.format.reader import read_config, read_manifest, read_tensors
+from vllm_autoround.format.manifest import KV_SCALES, MARKER, verify_tensors
+from vllm_autoround.format.reader import read_config, read_manifest, read_tensors, tensor_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,27 +47,24 @@ def inspect_checkpoint(folder: Path) -> Inspection:
         ManifestError: it cannot be read with certainty, or its tensors are not those that it promises.
     """
     config, manifest = read_config(folder), read_manifest(folder)
-    stored: Counter[str] = Counter()  # bytes by quantized layer
-    weights: dict[str, int] = {}
-    plain = extra = 0  # bytes outside the quantized layers; of them, those that the original does not have
-    scale_bytes = 2
-    kv_scales: dict[str, list[float]] = {name: [] for name in KV_SCALES}
-    names = []
-    for name, tensor in read_tensors(folder):
-        names.append(name)
+    sizes = tensor_bytes(folder)
+    verify_tensors(manifest, sizes)
+    shapes = {name.rpartition(".")[0]: t.tolist() for name, t in read_tensors(folder, (".weight_shape",))}
+    weights = {layer: math.prod(shapes[layer]) for layer in manifest.schemes}
+    stored = {layer: 0 for layer in manifest.schemes}
+    original = 0
+    for name, size in sizes.items():
         layer, _, suffix = name.rpartition(".")
-        if suffix in kv_scales:
-            kv_scales[suffix] += tensor.flatten().tolist()
-            extra += _size(tensor)
-        if layer not in manifest.schemes or suffix == "bias":
-            plain += _size(tensor)
+        if layer not in stored or suffix == "bias":
+            original += 0 if suffix in KV_SCALES else size
             continue
-        stored[layer] += _size(tensor)
-        if suffix == "weight_shape":
-            weights[layer] = int(tensor.prod())
-        if suffix == "weight_scale":
-            scale_bytes = tensor.element_size()  # the dtype of the original weights
-    verify_tensors(manifest, names)
+        stored[layer] += size
+        if suffix == "weight_scale":  # in the dtype of the weights
+            rows, columns = shapes[layer]
+            original += weights[layer] * size // (rows * manifest.schemes[layer].groups(columns))
+    kv_scales: dict[str, list[float]] = {suffix: [] for suffix in KV_SCALES}
+    for name, tensor in read_tensors(folder, KV_SCALES):
+        kv_scales[name.rpartition(".")[2]] += tensor.flatten().tolist()
 
     layers_of: dict[str, list[str]] = {}
     for layer, scheme in manifest.schemes.items():
@@ -87,11 +82,11 @@ def inspect_checkpoint(folder: Path) -> Inspection:
             for scheme, layers in layers_of.items()
         ],
         average_bits=_bits(list(manifest.schemes), stored, weights),
-        size_bytes=plain + stored.total(),
-        original_size_bytes=plain - extra + sum(weights.values()) * scale_bytes,
+        size_bytes=sum(sizes.values()),
+        original_size_bytes=original,
         kv_cache=manifest.kv_cache,
         kv_scale_ranges={name: (min(values), max(values)) for name, values in kv_scales.items() if values},
-        marker=config.get("vllm_autoround"),
+        marker=config.get(MARKER),
     )
 
 
@@ -118,9 +113,6 @@ def inspection_table(inspection: Inspection) -> str:
     return "\n".join(lines)
 
 
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _bits(layers: list[str], stored: Counter[str], weights: dict[str, int]) -> float:
-    return 8 * sum(stored[layer] for layer in layers) / sum(weights[layer] for layer in layers)
+def _bits(layers: list[str], stored: dict[str, int], weights: dict[str, int]) -> float:
+    """Stored bits a weight; 0 without layers."""
+    return 8 * sum(stored[layer] for layer in layers) / max(1, sum(weights[layer] for layer in layers))

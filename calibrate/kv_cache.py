@@ -67,7 +67,9 @@ def observed(block: nn.Module) -> Iterator[AttentionRanges]:
     originals = [config._attn_implementation for config in configs]
 
     def observe_and_attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw: Any) -> Any:
-        ranges.observe(module, query, key, value)
+        # OPT scales its queries itself and passes a scaling of 1; vLLM hands its attention unscaled queries.
+        scaling = getattr(module, "scaling", None) or kw.get("scaling") or 1.0
+        ranges.observe(module, query * (kw.get("scaling", scaling) / scaling), key, value)
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(originals[0], eager)
         return attend(module, query, key, value, *args, **kw)

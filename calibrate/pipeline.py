@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,16 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calibrate.blocks import capture_inputs, move_arguments, to_device
+from calibrate.blocks import Block, capture_inputs, move_arguments, to_device
 from calibrate.checkpoint import CheckpointWriter
 from calibrate.config import CalibrationConfig
-from calibrate.data import load_samples
 from calibrate.inspection import inspect_checkpoint
 from calibrate.kv_cache import observed
 from calibrate.plan import Plan, make_plan
 from calibrate.report import BlockReport, Stopwatch, decibels, environment, peak_memory, progress_bars, summary_table
 from calibrate.source import load_source
-from calibrate.tuning import NonFiniteError, advance, relative_distance, tune_block
+from calibrate.tuning import NonFiniteError, TunedBlock, advance, relative_distance, tune_block
 
 
 def calibrate(model: str | Path, out: str | Path, **settings: Any) -> dict[str, Any]:
@@ -38,37 +39,22 @@ def calibrate(model: str | Path, out: str | Path, **settings: Any) -> dict[str, 
     """
     config, watch, reports = CalibrationConfig(**settings), Stopwatch(), list[BlockReport]()
     source = load_source(str(model), trust_remote_code=config.trust_remote_code)
-    plan, recipe = make_plan(source, Path(out), config), config.tuning
-    samples = load_samples(
-        config.dataset, source.tokenizer, seqlen=recipe.seqlen, nsamples=recipe.nsamples, seed=config.seed
-    )
-    captured = capture_inputs(source.model, plan.blocks, samples, plan.compute_dtype)
-    original, quantized = _place(captured.hidden, plan.device)
+    plan = make_plan(source, Path(out), config)
+    hidden, arguments = capture_inputs(source.model, plan.blocks, plan.samples, plan.compute_dtype)
+    original, quantized = _place(hidden, plan.device)
+    del hidden
 
     with (
-        CheckpointWriter(Path(out), source, plan.blocks) as writer,
-        progress_bars(len(plan.blocks), recipe.iters) as progress,
+        CheckpointWriter(plan.out, source, plan.blocks) as writer,
+        progress_bars(len(plan.blocks), config.tuning.iters) as progress,
     ):
         for index, block in enumerate(plan.blocks):
             block_watch = Stopwatch()
             progress.start_block(block.name)
-            arguments = move_arguments(captured.arguments[index], plan.device)
-            module = to_device(block, plan.device, plan.compute_dtype)
             try:
-                advance(module, original, arguments)
-                tuned = tune_block(
-                    module,
-                    plan.schemes(block),
-                    quantized,
-                    original,
-                    arguments,
-                    recipe=recipe,
-                    accumulate=config.gradient_accumulate_steps,
-                    scale_dtype=source.dtype,
-                    generator=torch.Generator().manual_seed(config.seed + index),
-                    on_step=progress.step,
+                tuned, kv_scales = _calibrate_block(
+                    index, block, arguments[index], original, quantized, plan, config, progress.step
                 )
-                kv_scales = _advance_quantized(module, quantized, arguments, block.name, plan)
             except NonFiniteError as error:
                 raise NonFiniteError(f"{block.name}: {error}") from error
             writer.write_block(index, tuned.weights, kv_scales)
@@ -83,14 +69,19 @@ def calibrate(model: str | Path, out: str | Path, **settings: Any) -> dict[str, 
                 )
             )
             progress.finish_block(reports[-1])
+            del tuned, kv_scales  # off the device before the next block comes
 
         versions = environment(plan.device)
-        provenance = {"version": versions["vllm-autoround"], "scheme": config.scheme, "recipe": config.recipe}
-        writer.complete(plan.manifest, provenance)
+        writer.complete(
+            plan.manifest,
+            {"version": versions["vllm-autoround"], "scheme": config.scheme, "tuning": asdict(config.tuning)},
+        )
         report = {
             "model": source.name,
+            "model_revision": source.revision,
             "settings": _settings(config),
-            "tuning": asdict(recipe),
+            "tuning": asdict(config.tuning),
+            "samples_sha256": hashlib.sha256(plan.samples.numpy().tobytes()).hexdigest(),
             "environment": versions,
             "checkpoint": inspect_checkpoint(writer.partial).as_json(),
             "blocks": [asdict(block) for block in reports],
@@ -102,14 +93,44 @@ def calibrate(model: str | Path, out: str | Path, **settings: Any) -> dict[str, 
     return report
 
 
+def _calibrate_block(
+    index: int,
+    block: Block,
+    arguments: dict[str, Any],
+    original: Tensor,
+    quantized: Tensor,
+    plan: Plan,
+    config: CalibrationConfig,
+    on_step: Callable[[], None],
+) -> tuple[TunedBlock, dict[str, Tensor]]:
+    """Tune one block and advance both chains, [S, T, H], through it in place; its KV-cache scales beside it."""
+    arguments = move_arguments(arguments, plan.device)
+    module = to_device(block, plan.device, plan.compute_dtype)
+    advance(module, original, arguments)
+    tuned = tune_block(
+        module,
+        block.module,
+        plan.schemes(block),
+        quantized,
+        original,
+        arguments,
+        recipe=config.tuning,
+        accumulate=config.gradient_accumulate_steps,
+        generator=torch.Generator().manual_seed(config.seed + index),
+        on_step=on_step,
+    )
+    return tuned, _advance_quantized(module, quantized, arguments, block.name, plan)
+
+
 def _place(hidden: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Inputs of the original and of the quantized chain: on the device while both fit in half of what is free."""
+    """Inputs [S, T, H] of the original and the quantized chain: on the device while both fit in half of what is free,
+    else in pinned host memory."""
     if device.type != "cuda":
         return hidden, hidden.clone()
     free, _ = torch.cuda.mem_get_info(device)
     if 2 * hidden.nbytes <= free // 2:
         return hidden.to(device), hidden.to(device)
-    return hidden.pin_memory(), hidden.clone().pin_memory()
+    return hidden.pin_memory(), hidden.pin_memory()
 
 
 def _advance_quantized(

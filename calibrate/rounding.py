@@ -46,16 +46,16 @@ class Rounding:
 class Target:
     """What one layer's rounding is learned for."""
 
-    weight: Tensor  # W [N, K], the original
+    weight: Tensor  # W [N, K], the original; scales and dequantized weights are rounded to its dtype
     low: Tensor  # wmin [N, G] float32
     high: Tensor  # wmax [N, G] float32
     scheme: QuantScheme
-    scale_dtype: torch.dtype  # that of the checkpoint; scales and dequantized weights are rounded to it
 
     @classmethod
-    def of(cls, weight: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype) -> Target:
+    def of(cls, weight: Tensor, scheme: QuantScheme) -> Target:
+        """The target of a weight [N, K]."""
         low, high = codec.group_bounds(weight, scheme)
-        return cls(weight, low, high, scheme, scale_dtype)
+        return cls(weight, low, high, scheme)
 
 
 def fake_quantize(target: Target, rounding: Rounding) -> Tensor:
@@ -109,7 +109,7 @@ def freeze(target: Target, rounding: Rounding) -> QuantizedWeight:
     return QuantizedWeight(
         scheme=target.scheme,
         codes=code.flatten(-2).to(torch.uint8),
-        scale=scale.to(target.scale_dtype),
+        scale=scale.to(target.weight.dtype),
         zero_point=zero.to(torch.uint8),
     )
 
@@ -118,7 +118,7 @@ def _quantize(target: Target, rounding: Rounding) -> tuple[Tensor, Tensor, Tenso
     """scale [N, G], zero point [N, G], code [N, G, g] float32 and ``inside`` [N, G, g] bool."""
     scheme = target.scheme
     scale, zero = codec.scale_and_zero_point(
-        target.low * rounding.low_clip, target.high * rounding.high_clip, scheme, target.scale_dtype
+        target.low * rounding.low_clip, target.high * rounding.high_clip, scheme, target.weight.dtype
     )
     shifted = _grouped(target.weight, scheme) / scale[..., None] + _grouped(rounding.offset, scheme)
     code = torch.round(shifted) + zero[..., None]
@@ -128,7 +128,7 @@ def _quantize(target: Target, rounding: Rounding) -> tuple[Tensor, Tensor, Tenso
 
 def _dequantize(scale: Tensor, zero: Tensor, code: Tensor, target: Target) -> Tensor:
     weight = (scale[..., None] * (code - zero[..., None])).flatten(-2)
-    return weight.to(target.scale_dtype).to(target.weight.dtype)
+    return weight.to(target.weight.dtype)
 
 
 def _grouped(tensor: Tensor, scheme: QuantScheme) -> Tensor:

@@ -8,11 +8,19 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from calibrate.config import CalibrationError
 
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
+FOREIGN_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "consolidated*")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -27,38 +35,73 @@ class Source:
     tokenizer: PreTrainedTokenizerBase
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The type of the weights, which is also that of the scales on disk."""
-        return self.model.dtype
+    def revision(self) -> str | None:
+        """The Hub commit, None for a local folder; it names the folder in the Hub's cache."""
+        return None if Path(self.name).is_dir() else self.folder.name
 
 
 def load_source(name: str, *, trust_remote_code: bool) -> Source:
     """Load a causal LM and its tokenizer, in the checkpoint's own dtype.
 
     Raises:
-        CalibrationError: it cannot be found, is quantized already, or has an unsupported dtype.
+        CalibrationError: it cannot be found or loaded, lacks tensors, is quantized already, is more than a causal LM,
+            or has an unsupported dtype.
     """
     folder = _folder(name)
-    config, _ = PreTrainedConfig.get_config_dict(folder)
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown method")
-        raise CalibrationError(f"{name} is quantized already ({method}); calibrate the original model")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code).eval()
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(folder)
+        text_config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).get_text_config()
+        if config.get("quantization_config"):
+            method = config["quantization_config"].get("quant_method", "unknown method")
+            raise CalibrationError(f"{name} is quantized already ({method}); calibrate the original model")
+        # Only the eager implementation caps the attention logits, as vLLM does; SDPA leaves the cap out silently.
+        attention = "eager" if getattr(text_config, "attn_logit_softcapping", None) else None
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype="auto",
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except CalibrationError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CalibrationError(f"{name} cannot be loaded: {type(error).__name__}: {reason}") from error
+    _check_loaded(name, config, model, loading)
+    return Source(name, folder, config, model.eval(), tokenizer)
+
+
+def _check_loaded(name: str, config: dict[str, Any], model: PreTrainedModel, loading: dict[str, Any]) -> None:
+    problems = []
+    # transformers fills missing tensors with random numbers and drops unexpected ones, and only logs it.
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if keys := sorted(map(str, loading[kind])):
+            problems.append(f"{name}: {len(keys)} {kind.replace('_keys', ' tensors')}, the first is {keys[0]}")
+    architecture = type(model).__name__
+    if architecture not in config.get("architectures", [architecture]):
+        problems.append(
+            f"{name} is a {', '.join(config['architectures'])}, of which only the part {architecture} could be "
+            "calibrated; extract and save that part first"
+        )
     if model.dtype not in _DTYPES:
-        raise CalibrationError(f"{name} has weights of {model.dtype}; supported are {', '.join(map(str, _DTYPES))}")
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    return Source(name, folder, config, model, tokenizer)
+        problems.append(f"{name} has weights of {model.dtype}; supported are {', '.join(map(str, _DTYPES))}")
+    if problems:
+        raise CalibrationError("\n".join(problems))
 
 
 def _folder(name: str) -> Path:
-    local = Path(name)
-    if local.is_dir():
-        if not (local / "config.json").is_file():
-            raise CalibrationError(f"{name} is a folder without config.json")
-        return local
-    try:
-        return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "original/*"]))
-    except Exception as error:  # offline, gated, misspelt: the library raises unrelated types
-        raise CalibrationError(
-            f"model {name} is neither a folder nor to be had from the Hub: {type(error).__name__}: {error}"
-        ) from error
+    folder = Path(name)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(name, ignore_patterns=[*FOREIGN_WEIGHTS, "original/*"]))
+        except Exception as error:
+            raise CalibrationError(
+                f"model {name} is neither a folder nor to be had from the Hub: {type(error).__name__}: {error}"
+            ) from error
+    if not (folder / "config.json").is_file():
+        raise CalibrationError(f"{name} is a folder without config.json")
+    if not any(folder.glob("*.safetensors")):
+        raise CalibrationError(f"{name} has no safetensors files; convert its weights first")
+    return folder

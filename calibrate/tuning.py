@@ -52,6 +52,7 @@ class TunedBlock:
 @torch.enable_grad()
 def tune_block(
     block: nn.Module,
+    original: nn.Module,
     schemes: Mapping[str, QuantScheme],
     inputs: Tensor,
     targets: Tensor,
@@ -59,7 +60,6 @@ def tune_block(
     *,
     recipe: Recipe,
     accumulate: int,
-    scale_dtype: torch.dtype,
     generator: torch.Generator,
     on_step: Callable[[], None],
 ) -> TunedBlock:
@@ -67,7 +67,8 @@ def tune_block(
 
     Args:
         block: on the device, in compute dtype.
-        schemes: layer name relative to the block -> scheme.
+        original: the block as loaded, in the model's dtype, whose weights are quantized.
+        schemes: layer name relative to the block -> scheme; without any, nothing is tuned.
         inputs: [S, T, H], the quantized chain's input of this block.
         targets: [S, T, H], the original chain's output of this block.
         arguments: the block's other arguments, on its device.
@@ -79,7 +80,9 @@ def tune_block(
         NonFiniteError: a loss, gradient, output or scale that is not finite, with the layer's name.
     """
     device = next(block.parameters()).device
-    layers = {name: _Layer.of(block, name, scheme, scale_dtype) for name, scheme in schemes.items()}
+    layers = {name: _Layer.of(block, original, name, scheme) for name, scheme in schemes.items()}
+    if not layers:
+        return TunedBlock({}, {}, relative_error(block, inputs, targets, arguments), None)
     kernels = _kernels(device)
     block.requires_grad_(False)
     _install(layers, kernels)
@@ -117,12 +120,14 @@ class _Layer:
     module: nn.Linear
     target: Target
     rounding: Rounding
+    finite: Tensor  # scalar bool on the device: every gradient so far was finite
 
     @classmethod
-    def of(cls, block: nn.Module, name: str, scheme: QuantScheme, scale_dtype: torch.dtype) -> _Layer:
+    def of(cls, block: nn.Module, original: nn.Module, name: str, scheme: QuantScheme) -> _Layer:
         module = cast(nn.Linear, block.get_submodule(name))
-        weight = module.weight.detach().clone()
-        return cls(module, Target.of(weight, scheme, scale_dtype), Rounding.nearest(weight, scheme))
+        weight = cast(nn.Linear, original.get_submodule(name)).weight.detach().to(module.weight.device, copy=True)
+        finite = torch.ones((), dtype=torch.bool, device=weight.device)
+        return cls(module, Target.of(weight, scheme), Rounding.nearest(weight, scheme), finite)
 
 
 @torch.no_grad()
@@ -136,24 +141,27 @@ def _install(layers: Mapping[str, _Layer], kernels: _Kernels) -> None:
 def _update(layers: Mapping[str, _Layer], rate: Tensor, kernels: _Kernels) -> None:
     """One step of sign descent on every layer, from the gradients of its dequantized weight."""
     for layer in layers.values():
-        kernels.sign_step(layer.target, layer.rounding, cast(Tensor, layer.module.weight.grad), rate)
+        grad = cast(Tensor, layer.module.weight.grad)
+        # The sign of NaN is 0: a broken gradient would pass for a finished one.
+        layer.finite.logical_and_(torch.stack(grad.aminmax()).isfinite().all())
+        kernels.sign_step(layer.target, layer.rounding, grad, rate)
         layer.module.weight.grad = None
     _install(layers, kernels)
 
 
 @torch.no_grad()
 def _finish(name: str, layer: _Layer) -> QuantizedWeight:
-    """The layer as it goes to disk, and into the block: from here on it is what the checkpoint says, bit for bit.
+    """The layer as it goes to disk, and, rounded as it is served, into the block.
 
     Raises:
-        NonFiniteError: a rounding or a scale that is not finite.
+        NonFiniteError: a gradient or a scale that is not finite.
     """
-    if not layer.rounding.offset.isfinite().all():
+    if not layer.finite:
         raise NonFiniteError(f"{name}: a gradient is not finite")
     weight = freeze(layer.target, layer.rounding)
     if not weight.scale.isfinite().all():
-        raise NonFiniteError(f"{name}: a scale is not finite in {layer.target.scale_dtype}")
-    layer.module.weight.copy_(weight.dequantize().to(layer.target.scale_dtype))
+        raise NonFiniteError(f"{name}: a scale is not finite in {weight.scale.dtype}")
+    layer.module.weight.copy_(weight.dequantize().to(weight.scale.dtype))
     return weight
 
 
@@ -192,7 +200,7 @@ def _relative_distance(parts: Iterable[Tensor], references: Iterable[Tensor]) ->
         expected = reference.to(part.device).float()
         error += (part.float() - expected).square().sum(dtype=torch.float64).item()
         norm += expected.square().sum(dtype=torch.float64).item()
-    return error / norm
+    return error / norm if error else 0.0
 
 
 def _layer_report(goal: Target, weight: QuantizedWeight) -> LayerReport:
@@ -230,7 +238,13 @@ def _minibatches(samples: int, batch_size: int, generator: torch.Generator) -> I
 
 
 def _fetch(hidden: Tensor, picked: Tensor, device: torch.device) -> Tensor:
-    return hidden[picked.to(hidden.device)].to(device, non_blocking=True)
+    """Samples ``picked`` [B] of hidden [S, T, H] on ``device``: [B, T, H]."""
+    if hidden.device == device or device.type == "cpu":
+        return hidden[picked.to(hidden.device)]
+    batch = torch.empty((len(picked), *hidden.shape[1:]), dtype=hidden.dtype, device=device)
+    for row, sample in enumerate(picked.tolist()):
+        batch[row].copy_(hidden[sample], non_blocking=True)  # straight from pinned memory, sample by sample
+    return batch
 
 
 def _parts(hidden: Tensor) -> tuple[Tensor, ...]:

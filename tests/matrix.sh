@@ -43,7 +43,7 @@ make_deps() {
     "${PYTHON:-python3}" -m venv "$deps"
     local pip=("$deps/bin/python" -m pip --disable-pip-version-check)
     # torch first and with its index, so that nothing below brings another build of it.
-    "${pip[@]}" install -q "$TORCH" ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"}
+    "${pip[@]}" install -q --no-deps "$TORCH" ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"}
     "${pip[@]}" install -q "$TORCH" "${IMPORTED[@]}" "${BUILD[@]}" "${TEST[@]}"
     "${pip[@]}" install -q --no-deps compressed-tensors==0.17.0
     # Builds for another torch break the import of transformers ("operator torchvision::nms does not exist").

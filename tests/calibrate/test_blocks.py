@@ -1,5 +1,7 @@
 """Blocks are found by structure, and run on captured inputs as the model runs them."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers as tf
@@ -7,7 +9,9 @@ import transformers as tf
 from calibrate.blocks import capture_inputs, find_blocks, run_block
 from calibrate.config import CalibrationError
 from calibrate.kv_cache import observed
-from tests.calibrate.conftest import COMMON, make_model
+from calibrate.source import load_source
+from tests.calibrate.conftest import COMMON, FAMILIES, make_model
+from tests.conftest import DEMO_MODEL
 
 SAMPLES = torch.randint(2, 128, (3, 24), generator=torch.Generator().manual_seed(1))
 
@@ -42,9 +46,18 @@ def test_kv_ranges_are_those_of_the_cache(family_model: tf.PreTrainedModel) -> N
     hidden = captured.hidden
     for index, block in enumerate(blocks):
         plain = run_block(block.module, hidden, captured.arguments[index])
+        queries: list[torch.Tensor] = []
+        hook = block.module.self_attn.q_proj.register_forward_hook(lambda _m, _a, out, q=queries: q.append(out))
         with observed(block.module) as ranges:
             parts = [run_block(block.module, part, captured.arguments[index]) for part in hidden.split(1)]
+        hook.remove()
         torch.testing.assert_close(torch.cat(parts), plain)
+        if not hasattr(block.module.self_attn, "q_norm"):
+            # What vLLM's attention gets: the unscaled projection. RoPE turns pairs: a factor of sqrt(2) at most.
+            peak[index]["q"] = torch.cat(queries).abs().max().item()
+            ratio = ranges.scales(block.module, block.name)[f"{block.name}.self_attn.q_scale"].item()
+            ratio /= peak[index]["q"] / 448
+            assert 0.7 < ratio < 1.42 if family_model.config.model_type != "opt" else 1 - 1e-5 <= ratio <= 1 + 2**-7
         hidden = plain
         scales = ranges.scales(block.module, block.name)
         assert set(scales) == {f"{block.name}.self_attn.{letter}_scale" for letter in "qkv"}
@@ -75,3 +88,35 @@ def test_a_model_without_blocks_is_refused() -> None:
     model.config.num_hidden_layers = 7
     with pytest.raises(CalibrationError, match="no ModuleList of 7 decoder blocks"):
         find_blocks(model)
+
+
+def test_gemma2_is_loaded_with_its_softcap(tmp_path: Path) -> None:
+    """transformers' default attention leaves the cap out; the oracle is the eager one."""
+    model = make_model(FAMILIES["gemma2"]())
+    for block in find_blocks(model):
+        block.module.self_attn.q_proj.weight.data *= 60
+        block.module.self_attn.k_proj.weight.data *= 60
+    model.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((DEMO_MODEL / name).read_bytes())
+    source = load_source(str(tmp_path), trust_remote_code=False)
+    eager, plain = (
+        tf.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=name)(SAMPLES).logits
+        for name in ("eager", "sdpa")
+    )
+    assert not torch.allclose(eager, plain, atol=1e-3)  # the cap matters here
+    torch.testing.assert_close(source.model(SAMPLES).logits, eager)
+
+
+def test_a_model_that_changes_hidden_states_between_blocks_is_refused() -> None:
+    model = make_model(tf.LlamaConfig(**COMMON))
+    original = model.model.forward
+
+    def altered(*args: object, **kw: object) -> object:
+        stand_in = model.model.layers[1].forward
+        model.model.layers[1].forward = lambda hidden_states, **k: stand_in(hidden_states * 2, **k)
+        return original(*args, **kw)
+
+    model.model.forward = altered
+    with pytest.raises(CalibrationError, match="LlamaForCausalLM changes hidden states between its blocks"):
+        capture_inputs(model, find_blocks(model), SAMPLES, torch.float32)

@@ -15,8 +15,10 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 
 from calibrate import CalibrationError, calibrate
+from calibrate.checkpoint import CheckpointWriter
 from calibrate.cli import main
 from calibrate.inspection import inspect_checkpoint
+from calibrate.source import load_source
 from calibrate.tuning import NonFiniteError
 from tests.calibrate.conftest import COMMON, make_model
 from tests.conftest import DEMO_MODEL, DEMO_SETTINGS, REPOSITORY
@@ -125,15 +127,25 @@ def test_ignored_layers_stay_as_they_were(tmp_path: Path, demo_texts: list[str])
         assert torch.equal(state[f"{layer}.weight"], original[f"{layer}.weight"])
 
 
-def broken_model(folder: Path) -> Path:
-    """The demo model with one NaN."""
+def copied_model(folder: Path, **changes: torch.Tensor | float | None) -> Path:
+    """The demo model with some tensors filled with a number, or left out (None)."""
     folder.mkdir()
     for path in DEMO_MODEL.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.2.mlp.up_proj.weight"][3, 5] = float("nan")
+    for name, value in changes.items():
+        if value is None:
+            del tensors[name]
+        else:
+            tensors[name].flatten()[5 : None if value == 1e38 else 6] = value
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def broken_model(folder: Path) -> Path:
+    """The demo model with one NaN in a layer and one outside the blocks."""
+    nan = float("nan")
+    return copied_model(folder, **{"model.layers.2.mlp.up_proj.weight": nan, "model.norm.weight": nan})
 
 
 def test_every_problem_is_reported_at_once_before_any_work(tmp_path: Path, demo_texts: list[str]) -> None:
@@ -143,18 +155,22 @@ def test_every_problem_is_reported_at_once_before_any_work(tmp_path: Path, demo_
             source,
             out,
             group_size=256,
-            dataset=demo_texts,
-            ignore=("model.layers.0.self_attn.q_proj", "model.layers.9.mlp"),
+            dataset=demo_texts[:1],
+            ignore=["model.layers.0.self_attn.q_proj", "model.layers.9.mlp"],
             seqlen=4096,
             nsamples=2,
+            device="cuda:99",
         )
     message = str(caught.value)
     for part in (
         "model.layers.2.mlp.up_proj.weight has values that are not finite",
+        "model.norm.weight has values that are not finite",
         "model.layers.0.self_attn: vLLM fuses q_proj, k_proj, v_proj into one layer; ignore all of them or none",
         "ignore 'model.layers.9.mlp' matches no linear layer; names look like model.layers.0.self_attn.q_proj",
         "seqlen 4096 is more than the model's 2048 positions; use --seqlen 2048",
         "batch-size 8 is more than nsamples 2",
+        "device 'cuda:99' cannot be used",
+        "the data set gives",
     ):
         assert part in message
     assert not out.exists()
@@ -176,11 +192,7 @@ def test_experts_are_refused_by_name(tmp_path: Path, demo_texts: list[str]) -> N
 
 
 def test_a_value_that_overflows_stops_the_run_by_name_and_leaves_nothing(tmp_path: Path, demo_texts: list[str]) -> None:
-    source = tmp_path / "overflowing"
-    broken_model(source)
-    tensors = load_file(source / "model.safetensors")
-    tensors["model.layers.2.mlp.up_proj.weight"].fill_(1e38)
-    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    source = copied_model(tmp_path / "overflowing", **{"model.layers.2.mlp.up_proj.weight": 1e38})
     with pytest.raises(NonFiniteError, match=r"model.layers.2: mlp.up_proj gives a value that is not finite"):
         calibrate(source, tmp_path / "out", dataset=demo_texts, **QUICK)
     assert not (tmp_path / "out").exists()
@@ -193,7 +205,7 @@ def test_a_value_that_overflows_stops_the_run_by_name_and_leaves_nothing(tmp_pat
         (["--scheme", "W9A16"], "weight bits must be 2 to 8, got 9"),
         (["--group-size", "48"], "group size must be one of"),
         (["--lr", "2"], "lr must be above 0 and at most 1, got 2.0"),
-        (["--iters", "-1", "--nsamples", "0"], "iters must be at least 0, got -1; nsamples must be at least 1, got 0"),
+        (["--iters", "-1", "--nsamples", "0"], "nsamples must be a whole number of at least 1, got 0"),
         (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),
         (["--dataset", "gone.jsonl"], "dataset gone.jsonl does not exist"),
     ],
@@ -261,5 +273,101 @@ def test_help_fits_two_screens_and_states_the_defaults() -> None:
     assert len(run.stdout.splitlines()) <= 56
     for flag in ("scheme", "group-size", "kv-cache", "dataset", "recipe", "iters", "batch-size", "lr", "seqlen"):
         assert f"--{flag}" in run.stdout
-    for default in ("W4A16", "128", "autoround", "NeelNanda/pile-10k", "42"):
-        assert f"(default: {default})" in run.stdout or f"default: {default}" in run.stdout
+    for default in ("W4A16", "128", "autoround", "NeelNanda/pile-10k", "42", "auto"):
+        assert f"default: {default})" in " ".join(run.stdout.split())
+
+
+def test_missing_tensors_are_not_made_up(tmp_path: Path, demo_texts: list[str]) -> None:
+    source = copied_model(tmp_path / "source", **{"model.layers.1.mlp.down_proj.weight": None})
+    with pytest.raises(CalibrationError, match=r"1 missing tensors, the first is model.layers.1.mlp.down_proj.weight"):
+        calibrate(source, tmp_path / "out", dataset=demo_texts, **QUICK)
+
+
+def test_a_whole_block_may_be_ignored(tmp_path: Path, demo_texts: list[str]) -> None:
+    out = tmp_path / "out"
+    report = calibrate(DEMO_MODEL, out, dataset=demo_texts, ignore={r"re:model\.layers\.0\."}, **QUICK)
+    assert report["blocks"][0]["rtn_db"] is None  # no error at all
+    assert report["blocks"][0]["layers"] == {}
+    assert len(read_manifest(out).schemes) == 21
+    json.loads((out / "report.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_float16_models_keep_their_type(tmp_path: Path, demo_texts: list[str]) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    tf.AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float16).save_pretrained(source)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).write_bytes((DEMO_MODEL / name).read_bytes())
+    calibrate(source, out, scheme="W8A16", dataset=demo_texts, **{**QUICK, "iters": 0})
+    tensors = {name: load_file(path)[name] for name, path in tensor_files(out).items()}
+    assert tensors["model.layers.0.mlp.up_proj.weight_scale"].dtype == torch.float16
+    state, original = dequantized_state_dict(out, torch.float32), load_file(source / "model.safetensors")
+    for layer in read_manifest(out).schemes:
+        weight = original[f"{layer}.weight"].float()
+        step = weight.unflatten(1, (-1, 128)).abs().amax(-1, keepdim=True) / 128
+        error = (state[f"{layer}.weight"] - weight).unflatten(1, (-1, 128)).abs()
+        # Half a step; a whole one where the smaller extreme falls off the end; 2^-10 for the rounded scale.
+        assert (error <= step * (1 + 2**-3)).all()
+        assert (error <= step * 0.5 * (1 + 2**-3)).float().mean() > 0.98
+
+
+@pytest.mark.parametrize("kind", ["symlink", "dot"])
+def test_unusual_ways_to_name_an_empty_folder(
+    kind: str, tmp_path: Path, demo_texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    if kind == "symlink":
+        (tmp_path / "link").symlink_to(target)
+        calibrate(DEMO_MODEL, tmp_path / "link", dataset=demo_texts, **{**QUICK, "iters": 0})
+    else:
+        monkeypatch.chdir(target)
+        calibrate(DEMO_MODEL, ".", dataset=demo_texts, **{**QUICK, "iters": 0})
+    inspect_checkpoint(target)
+
+
+def test_a_partial_folder_that_is_not_ours_is_left_alone(tmp_path: Path, demo_texts: list[str]) -> None:
+    mine = tmp_path / "out.partial" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(CalibrationError, match=r"out.partial is in the way"):
+        calibrate(DEMO_MODEL, tmp_path / "out", dataset=demo_texts, **QUICK)
+    assert mine.read_text() == "mine"
+
+
+def test_a_second_run_to_the_same_folder_is_refused(tmp_path: Path) -> None:
+    source = load_source(str(DEMO_MODEL), trust_remote_code=False)
+    first, second = (CheckpointWriter(tmp_path / "out", source, []) for _ in range(2))
+    with first, pytest.raises(CalibrationError, match=r"another run is writing .*out.partial"), second:
+        pass
+
+
+def test_a_finished_checkpoint_is_kept_when_its_name_was_taken(tmp_path: Path) -> None:
+    source = load_source(str(DEMO_MODEL), trust_remote_code=False)
+    out = tmp_path / "out"
+    with CheckpointWriter(out, source, []) as writer:
+        out.mkdir()
+        (out / "theirs.txt").write_text("theirs")
+        with pytest.raises(CalibrationError, match=r"the finished checkpoint is .*out.partial"):
+            writer.publish({})
+    assert (out / "theirs.txt").is_file()
+    assert (tmp_path / "out.partial" / "report.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", "{", "cannot be loaded: "),
+        ("config.json", '{"model_type": "no-such-model"}', "cannot be loaded: "),
+        ("model.safetensors", "not a header", "cannot be loaded: "),
+        ("model.safetensors", None, "has no safetensors files; convert its weights first"),
+    ],
+)
+def test_damaged_models_are_refused(
+    name: str, content: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = copied_model(tmp_path / "source")
+    (source / name).unlink()
+    if content is not None:
+        (source / name).write_text(content)
+    assert main(["calibrate", str(source), str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err

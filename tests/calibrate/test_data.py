@@ -3,8 +3,10 @@
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from calibrate.config import CalibrationError
@@ -17,10 +19,14 @@ def tokenizer() -> AutoTokenizer:
     return AutoTokenizer.from_pretrained(DEMO_MODEL)
 
 
+def samples_of(*args: Any, **settings: Any) -> Tensor:
+    return load_samples(*args, **{"vocabulary": 1024, **settings})
+
+
 def test_long_texts_give_their_beginning_and_short_ones_are_packed(tokenizer: AutoTokenizer) -> None:
     long = list(range(100, 140))
     short = [[5, 6, 7], [8, 9]]
-    samples = load_samples([long, *short], tokenizer, seqlen=6, nsamples=2, seed=0).tolist()
+    samples = samples_of([long, *short], tokenizer, seqlen=6, nsamples=2, seed=0).tolist()
     eos = tokenizer.eos_token_id
     assert long[:6] in samples
     assert [5, 6, 7, eos, 8, 9] in samples or [8, 9, eos, 5, 6, 7] in samples
@@ -28,13 +34,13 @@ def test_long_texts_give_their_beginning_and_short_ones_are_packed(tokenizer: Au
 
 def test_order_depends_on_the_seed_alone(tokenizer: AutoTokenizer) -> None:
     texts = [[value] * 4 for value in range(2, 50)]
-    first, again, other = (load_samples(texts, tokenizer, seqlen=4, nsamples=8, seed=s).tolist() for s in (1, 1, 2))
+    first, again, other = (samples_of(texts, tokenizer, seqlen=4, nsamples=8, seed=s).tolist() for s in (1, 1, 2))
     assert first == again != other
 
 
 def test_too_little_text_says_how_much_there_was(tokenizer: AutoTokenizer) -> None:
     with pytest.raises(CalibrationError, match="gives 1 samples of 4 tokens from 2 texts, 3 are needed"):
-        load_samples([[1, 2, 3, 4, 5], [6, 7]], tokenizer, seqlen=4, nsamples=3, seed=0)
+        samples_of([[1, 2, 3, 4, 5], [6, 7]], tokenizer, seqlen=4, nsamples=3, seed=0)
 
 
 TEXTS = ["How many apples does Tom have now? " * 3, "Emma has 12 stickers and buys 9 more. " * 3]
@@ -53,8 +59,8 @@ TEXTS = ["How many apples does Tom have now? " * 3, "Emma has 12 stickers and bu
 def test_file_formats_give_the_same_samples(tokenizer: AutoTokenizer, tmp_path: Path, name: str, content: str) -> None:
     path = tmp_path / name
     path.write_bytes(gzip.compress(content.encode()) if name.endswith(".gz") else content.encode())
-    expected = load_samples(TEXTS, tokenizer, seqlen=16, nsamples=2, seed=3)
-    assert load_samples(str(path), tokenizer, seqlen=16, nsamples=2, seed=3).tolist() == expected.tolist()
+    expected = samples_of(TEXTS, tokenizer, seqlen=16, nsamples=2, seed=3)
+    assert samples_of(str(path), tokenizer, seqlen=16, nsamples=2, seed=3).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize(
@@ -62,6 +68,8 @@ def test_file_formats_give_the_same_samples(tokenizer: AutoTokenizer, tmp_path: 
     [
         ("gone.jsonl", None, "does not exist"),
         ("bad.json", "{", "is not valid json"),
+        ("bad.json", '{"a text": 1}', "is a JSON dict, expected a list of texts"),
+        ("bad.txt.gz", "not gzipped", "cannot be read: Not a gzipped file"),
         ("bad.jsonl", '{"content": "x"}', "item 0 is neither a string nor an object with a string under 'text'"),
     ],
 )
@@ -69,10 +77,21 @@ def test_bad_files(tokenizer: AutoTokenizer, tmp_path: Path, name: str, content:
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(CalibrationError, match=message):
-        load_samples(str(tmp_path / name), tokenizer, seqlen=4, nsamples=1, seed=0)
+        samples_of(str(tmp_path / name), tokenizer, seqlen=4, nsamples=1, seed=0)
 
 
 def test_an_unreachable_hub_dataset_says_so(tokenizer: AutoTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(CalibrationError, match=r"neither a local .json, .jsonl, .txt file .* nor loadable"):
-        load_samples("nobody/no-such-dataset", tokenizer, seqlen=4, nsamples=1, seed=0)
+        samples_of("nobody/no-such-dataset", tokenizer, seqlen=4, nsamples=1, seed=0)
+
+
+def test_jsonl_may_hold_unicode_line_ends_inside_strings(tokenizer: AutoTokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "one\u2028two\u0085three " * 9}, ensure_ascii=False) + "\n\n")
+    assert samples_of(str(path), tokenizer, seqlen=8, nsamples=1, seed=0).shape == (1, 8)
+
+
+def test_token_ids_outside_the_vocabulary_are_refused(tokenizer: AutoTokenizer) -> None:
+    with pytest.raises(CalibrationError, match="token ids run from 2 to 5000, the model's vocabulary is 0 to 1023"):
+        samples_of([[2, 3, 5000, 4]], tokenizer, seqlen=4, nsamples=1, seed=0)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import transformers as tf
+from torch import Tensor, nn
 
-from calibrate.blocks import Block, capture_inputs, find_blocks, run_block
+from calibrate.blocks import capture_inputs, find_blocks, run_block, to_device
 from calibrate.config import Recipe
 from calibrate.tuning import NonFiniteError, TunedBlock, _minibatches, advance, relative_distance, tune_block
 from tests.calibrate.conftest import COMMON, make_model
@@ -13,28 +14,28 @@ from vllm_autoround.format.scheme import QuantScheme
 SAMPLES = torch.randint(2, 128, (8, 24), generator=torch.Generator().manual_seed(1))
 
 
-def tune(iters: int, bits: int = 3, *, accumulate: int = 1, batch: int = 4) -> tuple[TunedBlock, float, Block]:
-    model = make_model(tf.LlamaConfig(**COMMON))
+def tune(iters: int, bits: int = 3, *, accumulate: int = 1, batch: int = 4) -> tuple[TunedBlock, float, nn.Module]:
+    model = make_model(tf.LlamaConfig(**COMMON)).bfloat16()
     blocks = find_blocks(model)
     captured = capture_inputs(model, blocks, SAMPLES, torch.float32)
-    block, arguments = blocks[0].module, captured.arguments[0]
+    block, arguments = to_device(blocks[0], torch.device("cpu"), torch.float32), captured.arguments[0]
     inputs, targets = captured.hidden.clone(), captured.hidden.clone()
     advance(block, targets, arguments)
     schemes = dict.fromkeys(blocks[0].linears(), QuantScheme(bits=bits, group_size=32))
     tuned = tune_block(
         block,
+        blocks[0].module,
         schemes,
         inputs,
         targets,
         arguments,
         recipe=Recipe(iters=iters, batch_size=batch, seqlen=24, nsamples=8, lr=None),
         accumulate=accumulate,
-        scale_dtype=torch.bfloat16,
         generator=torch.Generator().manual_seed(0),
         on_step=lambda: None,
     )
     advance(block, inputs, arguments)
-    return tuned, relative_distance(inputs, targets), blocks[0]
+    return tuned, relative_distance(inputs, targets), block
 
 
 def test_tuning_beats_rounding_to_nearest_on_its_own_objective() -> None:
@@ -50,8 +51,8 @@ def test_tuning_beats_rounding_to_nearest_on_its_own_objective() -> None:
 
 def test_the_block_is_left_with_the_weights_that_go_to_disk() -> None:
     tuned, _, block = tune(iters=5)
-    for name, layer in block.linears().items():
-        assert torch.equal(layer.weight, tuned.weights[name].dequantize().bfloat16().float())
+    for name, weight in tuned.weights.items():
+        assert torch.equal(block.get_submodule(name).weight, weight.dequantize().bfloat16().float())
 
 
 def test_accumulated_batches_equal_one_large_batch() -> None:
@@ -75,3 +76,24 @@ def test_an_output_that_is_not_finite_names_the_layer() -> None:
     with pytest.raises(NonFiniteError, match=r"mlp.up_proj gives a value that is not finite"):
         advance(blocks[0].module, captured.hidden, captured.arguments[0])
     assert torch.isfinite(run_block(blocks[1].module, captured.hidden, captured.arguments[1])).all()
+
+
+class Poison(torch.autograd.Function):
+    """The identity, whose gradient is NaN."""
+
+    @staticmethod
+    def forward(_ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(_ctx: object, grad: Tensor) -> Tensor:
+        return torch.full_like(grad, float("nan"))
+
+
+def test_a_gradient_that_is_not_finite_names_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss stays finite and the sign of NaN is 0, so that nothing else would notice; all layers are hit."""
+    forward = tf.models.llama.modeling_llama.LlamaMLP.forward
+    poisoned = lambda self, x: Poison.apply(forward(self, x))  # noqa: E731
+    monkeypatch.setattr(tf.models.llama.modeling_llama.LlamaMLP, "forward", poisoned)
+    with pytest.raises(NonFiniteError, match=r"self_attn.q_proj: a gradient is not finite"):
+        tune(iters=2)

@@ -23,7 +23,7 @@ from demo.problems import generate
 from tests.conftest import DEMO_MODEL
 from tests.e2e.engine import run_engine
 from vllm_autoround.format.manifest import KV_SCALES
-from vllm_autoround.format.reader import dequantized_state_dict, read_tensors
+from vllm_autoround.format.reader import dequantized_state_dict, read_tensors, tensor_files
 
 pytestmark = pytest.mark.slow
 SCRIPTS = Path(sys.executable).parent
@@ -46,6 +46,8 @@ def without_kv(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
             save_file(tensors, folder / path.name, metadata={"format": "pt"})
         elif path.name != "model.safetensors.index.json":
             (folder / path.name).write_bytes(path.read_bytes())
+    index = {"weight_map": {name: path.name for name, path in tensor_files(folder).items()}, "metadata": {}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["kv_cache_scheme"] = None
     (folder / "config.json").write_text(json.dumps(config))

@@ -26,13 +26,13 @@ def tune(*, pinned: bool) -> tuple[dict[str, torch.Tensor], float]:
     advance(module, targets, arguments)
     tuned = tune_block(
         module,
+        block.module,
         dict.fromkeys(block.linears(), QuantScheme(bits=3, group_size=32)),
         inputs,
         targets,
         arguments,
         recipe=Recipe(iters=30, batch_size=8, seqlen=64, nsamples=16, lr=None),
         accumulate=1,
-        scale_dtype=torch.bfloat16,
         generator=torch.Generator().manual_seed(0),
         on_step=lambda: None,
     )

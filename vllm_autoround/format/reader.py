@@ -54,12 +54,26 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the checkpoint with its name, file by file."""
+def read_tensors(folder: Path, suffixes: tuple[str, ...] = ("",)) -> Iterator[tuple[str, Tensor]]:
+    """The tensors whose names end in one of ``suffixes`` (default: all) with their names, file by file."""
     for path in sorted(set(tensor_files(folder).values())):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
-                yield name, file.get_tensor(name)
+                if name.endswith(suffixes):
+                    yield name, file.get_tensor(name)
+
+
+def tensor_bytes(folder: Path) -> dict[str, int]:
+    """Tensor name -> bytes, from the files' headers alone."""
+    sizes: dict[str, int] = {}
+    for path in sorted(set(tensor_files(folder).values())):
+        with path.open("rb") as file:  # safetensors: length of the header, 8 bytes little-endian, then JSON
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                sizes[name] = end - begin
+    return sizes
 
 
 def dequantized_state_dict(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -64,11 +64,6 @@ class QuantScheme:
         """Scales per output row of a layer of ``in_features``."""
         return in_features // self.group_length(in_features)
 
-    def bits_per_weight(self, in_features: int) -> float:
-        """Stored bits per weight, 16-bit scales and packed zero points included."""
-        overhead = 16 if self.symmetric else 16 + self.bits
-        return self.bits + overhead / self.group_length(in_features)
-
     def check_layer(self, layer: str, in_features: int) -> None:
         """Raise SchemeError unless a layer of ``in_features`` divides into whole groups."""
         if in_features % self.group_length(in_features):
