@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 import transformers as tf
 
 from calibrate import calibrate
@@ -13,7 +12,7 @@ from demo.problems import generate
 from tests.conftest import DEMO_MODEL, DEMO_SETTINGS
 from tests.e2e.engine import run_engine
 from vllm_autoround.format.manifest import KV_SCALES
-from vllm_autoround.format.reader import dequantized_state_dict, read_tensors
+from vllm_autoround.format.reader import read_tensors
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
@@ -48,18 +47,10 @@ def test_tokens_and_scales_equal_those_of_stock_vllm(
         assert ours["scales"][f"{attention}.attn"][scale[0]] == value
 
 
-@torch.no_grad()
-def test_asymmetric_three_bits_which_stock_vllm_026_refuses(
+def test_asymmetric_three_bits_are_refused_where_the_kernel_is_wrong(
     tmp_path: Path, demo_texts: list[str], prompts: list[list[int]]
 ) -> None:
+    """vLLM 0.26 selects Humming, which computes something else; see compat.humming_takes_zero_points."""
     out = checkpoint(tmp_path, demo_texts, "W3A16_ASYM", None)
-    ours = run_engine(out, prompts, quantization="autoround")
-    model = tf.AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.bfloat16).cuda()
-    model.load_state_dict(dequantized_state_dict(out, torch.bfloat16), strict=False)
-    same = total = 0
-    for ids, tokens in zip(prompts, ours["tokens"], strict=True):
-        # Teacher-forced: one parting of greedy paths must not count for every later token.
-        logits = model(torch.tensor([ids + tokens[:-1]], device="cuda")).logits[0, len(ids) - 1 :]
-        same += (logits.argmax(-1).cpu() == torch.tensor(tokens)).sum().item()
-        total += len(tokens)
-    assert same >= 0.98 * total  # two bf16 kernels may differ at a near tie
+    with pytest.raises(RuntimeError, match="this vLLM has no correct kernel for W3A16 asymmetric g128 on this GPU"):
+        run_engine(out, prompts, quantization="autoround")

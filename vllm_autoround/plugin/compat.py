@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm.model_executor import utils as vllm_utils
 from vllm.model_executor.kernels.linear import MPLinearLayerConfig
+from vllm.scalar_type import scalar_types
 
 
 def mp_linear_layer_config(**fields: Any) -> MPLinearLayerConfig:
@@ -17,6 +18,17 @@ def mp_linear_layer_config(**fields: Any) -> MPLinearLayerConfig:
     if any(field.name == "has_g_idx" for field in dataclasses.fields(MPLinearLayerConfig)):
         fields["has_g_idx"] = False
     return MPLinearLayerConfig(**fields)
+
+
+def humming_takes_zero_points() -> bool:
+    """Whether this release itself uses Humming for weights with zero points, that is, asymmetric schemes.
+
+    Older ones select it when asked and compute something else (measured with 0.26: a tenth of the greedy tokens
+    differ from those of the dequantized weights); their own loader allows 4 and 8 bits only, for other kernels.
+
+    REMOVE when vLLM < 0.32 is no longer supported: the types of those widths came with the support.
+    """
+    return hasattr(scalar_types, "uint3")
 
 
 def weights_already_processed() -> bool:

@@ -163,7 +163,11 @@ class AutoRoundLinearMethod(LinearMethodBase):
         partition_shape: tuple[int, int],
         params_dtype: torch.dtype,
     ) -> LinearKernel:
-        """vLLM's own choice on a GPU, the reference elsewhere; shapes are (K, N)."""
+        """vLLM's own choice on a GPU, the reference elsewhere; shapes are (K, N).
+
+        Raises:
+            ValueError: no kernel of this vLLM computes the scheme correctly.
+        """
         scheme = self.scheme
         if not current_platform.is_cuda_alike():
             # vLLM's CPU kernel quantizes bf16 activations to int8 by default and has no float32 path.
@@ -178,6 +182,11 @@ class AutoRoundLinearMethod(LinearMethodBase):
             zero_points=not scheme.symmetric,
         )
         kernel = choose_mp_linear_kernel(config)
+        if not scheme.symmetric and "Humming" in kernel.__name__ and not compat.humming_takes_zero_points():
+            raise ValueError(
+                f"{self.prefix}: this vLLM has no correct kernel for {scheme} on this GPU; use vLLM 0.33 or a "
+                "symmetric scheme"
+            )
         self._announce(layer, f"{kernel.__name__}, vLLM's choice for this shape and device")
         return kernel(
             config,
