@@ -47,9 +47,10 @@ class CheckpointWriter:
         self._bytes = 0
 
     def __enter__(self) -> Self:
-        if self.partial.exists():
+        if (self.partial / PARTIAL_MARK).exists():
             with (self.partial / PARTIAL_MARK).open() as mark:
                 _lock(mark, self.partial)  # not if another run is at it
+        if self.partial.exists():
             shutil.rmtree(self.partial)
         self.partial.mkdir(parents=True)
         self._lock = (self.partial / PARTIAL_MARK).open("w")
@@ -103,16 +104,17 @@ class CheckpointWriter:
         """
         self._write_json("report.json", report)
         self._complete = True
-        (self.partial / PARTIAL_MARK).unlink()
         _sync(self.partial)
         try:
             if self.out.exists():
                 self.out.rmdir()  # it was empty when the run began
             self.partial.rename(self.out)
         except OSError as error:
+            (self.partial / PARTIAL_MARK).unlink()  # so that the next run does not take it for an unfinished one
             raise CalibrationError(
                 f"{self.out} cannot be written any more ({error.strerror}); the finished checkpoint is {self.partial}"
             ) from error
+        (self.out / PARTIAL_MARK).unlink()
         _sync(self.out.parent)
 
     def _tensors_outside_blocks(self) -> dict[str, Tensor]:

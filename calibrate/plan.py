@@ -204,7 +204,7 @@ def _output_problems(source: Source, out: Path) -> list[str]:
     if out.is_mount():
         return [f"{out} is a mount point, which cannot be replaced at the end; choose a folder in it"]
     partial = partial_folder(out)
-    if partial.exists() and not (partial / PARTIAL_MARK).is_file():
+    if partial.exists() and not (partial / PARTIAL_MARK).is_file() and (not partial.is_dir() or any(partial.iterdir())):
         return [f"{partial} is in the way: the checkpoint is collected under that name; rename it"]
     existing = next(parent for parent in out.parents if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
