@@ -166,7 +166,7 @@ class AutoRoundLinearMethod(LinearMethodBase):
         """vLLM's own choice on a GPU, the reference elsewhere; shapes are (K, N).
 
         Raises:
-            ValueError: no kernel of this vLLM computes the scheme correctly.
+            ValueError: the kernel that this vLLM selects is not to be trusted with the scheme.
         """
         scheme = self.scheme
         if not current_platform.is_cuda_alike():
@@ -184,8 +184,8 @@ class AutoRoundLinearMethod(LinearMethodBase):
         kernel = choose_mp_linear_kernel(config)
         if not scheme.symmetric and "Humming" in kernel.__name__ and not compat.humming_takes_zero_points():
             raise ValueError(
-                f"{self.prefix}: this vLLM has no correct kernel for {scheme} on this GPU; use vLLM 0.33 or a "
-                "symmetric scheme"
+                f"{self.prefix}: for {scheme} this vLLM selects Humming, whose results deviate from the weights "
+                "where there are zero points; use vLLM 0.33 or a symmetric scheme"
             )
         self._announce(layer, f"{kernel.__name__}, vLLM's choice for this shape and device")
         return kernel(
