@@ -44,7 +44,7 @@ def test_tuning_beats_rounding_to_nearest_on_its_own_objective() -> None:
     assert nearest_error == pytest.approx(nearest.rtn_error)
     assert nearest.final_loss is None
     assert tuned.rtn_error == pytest.approx(nearest.rtn_error)
-    assert error < 0.8 * tuned.rtn_error  # seen: 0.6
+    assert error < 0.5 * tuned.rtn_error  # measured: 0.26
     assert all(0 < layer.moved < 0.6 for layer in tuned.layers.values())
     assert all(layer.moved == 0 for layer in nearest.layers.values())
 
