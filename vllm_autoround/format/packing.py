@@ -4,7 +4,9 @@ Codes are dense: code i of a row occupies bits [i*bits, (i+1)*bits) of the row's
 [32*w, 32*w + 32), low bits first. A code may straddle two words. The last word of a row is filled up with zeros.
 
 compressed-tensors before 0.19 pads 3-, 5-, 6- and 7-bit codes instead (no code straddles two words); vLLM's loader
-reads the dense layout for every width.
+reads the dense layout for every width. `unpack_padded` reads what it wrote.
+
+E2M1 codes go two to a byte, the first in the low four bits.
 """
 
 from __future__ import annotations
@@ -42,6 +44,33 @@ def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
     for begin in range(0, rows, step):
         codes[begin : begin + step] = _unpack_rows(words[begin : begin + step], bits)[:, :columns]
     return codes
+
+
+def padded_words_per_row(columns: int, bits: int) -> int:
+    """Words that hold a row in the padded layout: ceil(columns / (32 // bits))."""
+    return -(-columns // (32 // bits))
+
+
+def unpack_padded(words: Tensor, bits: int, columns: int) -> Tensor:
+    """Unpack words [N, ceil(columns/(32//bits))] int32 whose codes never straddle two words into codes uint8."""
+    if words.shape[1] != padded_words_per_row(columns, bits):
+        raise ValueError(
+            f"a padded row of {columns} codes of {bits} bits takes {padded_words_per_row(columns, bits)} words, "
+            f"got {words.shape[1]}"
+        )
+    shifts = torch.arange(32 // bits, device=words.device, dtype=torch.int32) * bits
+    codes = (words[..., None] >> shifts) & ((1 << bits) - 1)
+    return codes.flatten(1)[:, :columns].to(torch.uint8)
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """Codes [N, K] uint8 below 16, K even -> bytes [N, K/2] uint8."""
+    return codes[:, 0::2] | (codes[:, 1::2] << 4)
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """Bytes [N, K/2] uint8 -> codes [N, K] uint8: the inverse of `pack_nibbles`."""
+    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)
 
 
 def _fold_steps(bits: int) -> list[tuple[int, int, int]]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from vllm_autoround.format.codec import QuantizedWeight
+from vllm_autoround.format import dialects
 from vllm_autoround.format.errors import ManifestError
-from vllm_autoround.format.manifest import Manifest, from_compressed_tensors
+from vllm_autoround.format.manifest import KV_SCALES, Manifest
+from vllm_autoround.format.weights import QuantizedWeight
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -33,7 +34,16 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest in config.json; raises ManifestError for what is not understood."""
-    return from_compressed_tensors(read_config(folder)["quantization_config"])
+    shapes = {name: entry.shape for name, entry in tensor_headers(folder).items()}
+    return dialects.read_manifest(read_config(folder)["quantization_config"], shapes)
+
+
+class TensorHeader(NamedTuple):
+    """What a safetensors file says of a tensor before its data."""
+
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors names it: BF16, I32, F8_E4M3 ...
+    bytes: int
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
@@ -63,31 +73,45 @@ def read_tensors(folder: Path, suffixes: tuple[str, ...] = ("",)) -> Iterator[tu
                     yield name, file.get_tensor(name)
 
 
-def tensor_bytes(folder: Path) -> dict[str, int]:
-    """Tensor name -> bytes, from the files' headers alone."""
-    sizes: dict[str, int] = {}
+def tensor_headers(folder: Path) -> dict[str, TensorHeader]:
+    """Tensor name -> header, without reading any data."""
+    headers: dict[str, TensorHeader] = {}
     for path in sorted(set(tensor_files(folder).values())):
         with path.open("rb") as file:  # safetensors: length of the header, 8 bytes little-endian, then JSON
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         for name, entry in header.items():
             if name != "__metadata__":
                 begin, end = entry["data_offsets"]
-                sizes[name] = end - begin
-    return sizes
+                headers[name] = TensorHeader(tuple(entry["shape"]), entry["dtype"], end - begin)
+    return headers
+
+
+def quantized_layers(folder: Path, manifest: Manifest) -> Iterator[tuple[str, QuantizedWeight]]:
+    """Every quantized layer's full name and weight, file by file."""
+    waiting: dict[str, dict[str, Tensor]] = {layer: {} for layer in manifest.schemes}
+    needed = {
+        layer: set(manifest.layout_of(layer).specs(scheme, 0, 0, torch.bfloat16))
+        for layer, scheme in manifest.schemes.items()
+    }
+    for name, tensor in read_tensors(folder):
+        layer, _, suffix = name.rpartition(".")
+        if suffix in needed.get(layer, ()):
+            waiting[layer][suffix] = tensor
+            if waiting[layer].keys() == needed[layer]:
+                yield layer, manifest.layout_of(layer).from_tensors(waiting.pop(layer), manifest.schemes[layer])
+    if waiting:
+        raise ManifestError(f"{next(iter(waiting))} lacks some of its tensors")
 
 
 def dequantized_state_dict(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     """The unquantized model's state dict that the checkpoint stands for, in ``dtype``; KV-cache scales left out."""
     manifest = read_manifest(folder)
-    state: dict[str, Tensor] = {}
-    packed: dict[str, dict[str, Tensor]] = {layer: {} for layer in manifest.schemes}
-    for name, tensor in read_tensors(folder):
-        module, _, suffix = name.rpartition(".")
-        if module in packed and suffix != "bias":
-            packed[module][suffix] = tensor
-        elif not suffix.endswith("_scale"):
-            state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-    for layer, tensors in packed.items():
-        weight = QuantizedWeight.from_tensors(tensors, manifest.schemes[layer])
+    promised = manifest.layer_tensors()
+    state = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in read_tensors(folder)
+        if name not in promised and name.rpartition(".")[2] not in KV_SCALES
+    }
+    for layer, weight in quantized_layers(folder, manifest):
         state[f"{layer}.weight"] = weight.dequantize().to(dtype)
     return state
