@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from vllm_autoround.format.errors import SchemeError
-from vllm_autoround.format.scheme import QuantScheme
+
+if TYPE_CHECKING:
+    from vllm_autoround.format.scheme import QuantScheme
 
 DEFAULT_DATASET = "NeelNanda/pile-10k"
 FORMATS = ("compressed-tensors",)
+IGNORE = "ignore"  # the scheme of a layer that stays as it is
 
 Dataset = str | Sequence[str] | Sequence[Sequence[int]]
+KVCache = Literal["fp8", "fp8_per_head"]
 
 
 class CalibrationError(ValueError):
@@ -22,25 +26,34 @@ class CalibrationError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How long and on how much data a block is tuned."""
+    """How a block is tuned, for how long and on how much data."""
 
-    iters: int  # sign-gradient steps a block; 0: round to nearest
+    iters: int  # sign-gradient steps a block; 0: none
     batch_size: int  # samples a step
-    seqlen: int  # tokens a sample
-    nsamples: int
-    lr: float | None  # of the first step; None: 1 / iters
+    seqlen: int = 2048  # tokens a sample
+    nsamples: int = 128
+    lr: float | None = None  # of the first step; None: 1 / iters
+    scale_lr: float = 1.0  # of the scales, relative to lr
+    momentum: float = 0.0  # share of the running mean of the gradients that a step keeps
+    scale_search: bool = False  # start from the best scales of a grid; else from the full range
+    kl_last_block: bool = False  # tune the last block on the model's output distribution; else on its hidden states
 
     def learning_rate(self, step: int) -> float:
         """The rate of a step: linear from ``lr`` to 0."""
         return (self.lr or 1 / self.iters) * (1 - step / self.iters)
 
 
+_OURS: dict[str, Any] = {"scale_lr": 0.5, "scale_search": True, "kl_last_block": True}
 RECIPES = {
-    "autoround": Recipe(iters=200, batch_size=8, seqlen=2048, nsamples=128, lr=None),
-    "autoround-best": Recipe(iters=1000, batch_size=8, seqlen=2048, nsamples=512, lr=None),
-    "autoround-light": Recipe(iters=50, batch_size=8, seqlen=2048, nsamples=128, lr=5e-3),
-    "autoround-fast": Recipe(iters=200, batch_size=4, seqlen=512, nsamples=128, lr=None),
-    "rtn": Recipe(iters=0, batch_size=8, seqlen=2048, nsamples=128, lr=None),
+    "default": Recipe(iters=200, batch_size=2, momentum=0.7, **_OURS),
+    "best": Recipe(iters=400, batch_size=2, momentum=0.9, nsamples=320, **_OURS),
+    "fast": Recipe(iters=200, batch_size=1, momentum=0.5, **_OURS),
+    "light": Recipe(iters=50, batch_size=2, momentum=0.5, **_OURS),
+    "rtn": Recipe(iters=0, batch_size=1, scale_search=True),
+    "autoround": Recipe(iters=200, batch_size=8),
+    "autoround-best": Recipe(iters=1000, batch_size=8, nsamples=512),
+    "autoround-light": Recipe(iters=50, batch_size=8, lr=5e-3),
+    "autoround-fast": Recipe(iters=200, batch_size=4, seqlen=512),
 }
 
 
@@ -52,53 +65,58 @@ class CalibrationConfig:
         CalibrationError: values outside their range, an unknown scheme or group size; all of them at once.
     """
 
-    scheme: str = "W4A16"  # W2A16 to W8A16, each also with _ASYM
-    group_size: int = 128  # -1: one scale per output row
-    kv_cache: Literal["fp8"] | None = None
+    scheme: str = "W4A16"  # of every linear layer in the blocks; see vllm_autoround.format.scheme
+    group_size: int | None = None  # of integer weights; -1: one scale per output row; None: the scheme's own
+    # Pattern -> scheme or "ignore", for single layers; the first that matches wins. A pattern is a layer's full name,
+    # a regular expression to be found in it, or re:PATTERN for one that must match from the beginning.
+    layers: Mapping[str, str] | Iterable[tuple[str, str]] = ()
+    ignore: Iterable[str] = ()  # patterns of layers to leave as they are
+    stock_vllm: bool = False  # refuse what vLLM cannot serve without our plugin
+    kv_cache: KVCache | None = None
     dataset: Dataset = DEFAULT_DATASET  # Hub id, local file, strings or lists of token ids
-    recipe: str = "autoround"
+    recipe: str = "default"
     iters: int | None = None
     batch_size: int | None = None
     seqlen: int | None = None
     nsamples: int | None = None
     lr: float | None = None
+    scale_lr: float | None = None
+    momentum: float | None = None
+    scale_search: bool | None = None
+    kl_last_block: bool | None = None
     gradient_accumulate_steps: int = 1
-    ignore: Iterable[str] = ()  # full module names, or re:PATTERN
     device: str = "auto"
     seed: int = 42
-    format: str = FORMATS[0]
+    format: str | Iterable[str] = FORMATS[0]
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         # Whatever Python callers hand over must be comparable and go into report.json.
+        layers = self.layers.items() if isinstance(self.layers, Mapping) else self.layers
+        object.__setattr__(self, "layers", tuple((pattern, scheme) for pattern, scheme in layers))
         object.__setattr__(self, "ignore", tuple(self.ignore))
+        formats = (self.format,) if isinstance(self.format, str) else tuple(self.format)
+        object.__setattr__(self, "format", formats)
         if isinstance(self.dataset, os.PathLike):
             object.__setattr__(self, "dataset", os.fspath(self.dataset))
-        problems = []
-        if self.recipe not in RECIPES:
-            problems.append(f"recipe {self.recipe!r} is unknown; known are {', '.join(RECIPES)}")
-        if self.format not in FORMATS:
-            problems.append(f"format {self.format!r} is unknown; known are {', '.join(FORMATS)}")
-        if self.kv_cache not in (None, "fp8"):
-            problems.append(f"kv-cache {self.kv_cache!r} is unknown; known is fp8")
-        least = {"iters": 0, "batch_size": 1, "seqlen": 2, "nsamples": 1, "gradient_accumulate_steps": 1}
-        for field, limit in least.items():
-            value = getattr(self, field)
-            if value is not None and (type(value) is not int or value < limit):
-                problems.append(f"{field.replace('_', '-')} must be a whole number of at least {limit}, got {value!r}")
-        if self.lr is not None and not 0 < self.lr <= 1:
-            problems.append(f"lr must be above 0 and at most 1, got {self.lr}")
-        try:
-            _ = self.quant_scheme
-        except SchemeError as error:
-            problems.append(str(error))
+        problems = [*self._unknown_names(), *self._out_of_range()]
+        for scheme, group_size in [(self.scheme, self.group_size), *((scheme, None) for _, scheme in self.rules)]:
+            try:
+                _ = parse_scheme(scheme, group_size)
+            except SchemeError as error:
+                problems.append(str(error))
         if problems:
             raise CalibrationError("\n".join(problems))
 
     @property
-    def quant_scheme(self) -> QuantScheme:
-        """The scheme of every quantized layer."""
-        return QuantScheme.parse(self.scheme, self.group_size)
+    def rules(self) -> tuple[tuple[str, str], ...]:
+        """`layers`, then `ignore`, as pattern -> scheme."""
+        return (*tuple(self.layers), *((pattern, IGNORE) for pattern in self.ignore))  # type: ignore[return-value]
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The layouts to write."""
+        return tuple(self.format)
 
     @property
     def tuning(self) -> Recipe:
@@ -106,3 +124,40 @@ class CalibrationConfig:
         names = [field.name for field in fields(Recipe)]
         overrides = {name: value for name in names if (value := getattr(self, name)) is not None}
         return replace(RECIPES[self.recipe], **overrides)
+
+    def _unknown_names(self) -> list[str]:
+        known = [("recipe", self.recipe, RECIPES), *(("format", name, FORMATS) for name in self.formats)]
+        if self.kv_cache is not None:
+            known.append(("kv-cache", self.kv_cache, get_args(KVCache)))
+        return [
+            f"{setting} {value!r} is unknown; known are {', '.join(names)}"
+            for setting, value, names in known
+            if value not in names
+        ]
+
+    def _out_of_range(self) -> list[str]:
+        problems = []
+        least = {"iters": 0, "batch_size": 1, "seqlen": 2, "nsamples": 1, "gradient_accumulate_steps": 1}
+        for field, limit in least.items():
+            value = getattr(self, field)
+            if value is not None and (type(value) is not int or value < limit):
+                problems.append(f"{field.replace('_', '-')} must be a whole number of at least {limit}, got {value!r}")
+        for field in ("lr", "scale_lr"):
+            value = getattr(self, field)
+            if value is not None and not 0 < value <= 1:
+                problems.append(f"{field.replace('_', '-')} must be above 0 and at most 1, got {value}")
+        if self.momentum is not None and not 0 <= self.momentum < 1:
+            problems.append(f"momentum must be at least 0 and below 1, got {self.momentum}")
+        return problems
+
+
+def parse_scheme(name: str, group_size: int | None = None) -> QuantScheme | None:
+    """A scheme by name; None for ``"ignore"``.
+
+    Raises:
+        SchemeError: there is none of that name.
+    """
+    # Imported here because schemes need torch, and the command line's help must not wait for it.
+    from vllm_autoround.format.scheme import QuantScheme  # noqa: PLC0415
+
+    return None if name.lower() == IGNORE else QuantScheme.parse(name, group_size)

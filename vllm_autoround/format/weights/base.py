@@ -145,20 +145,26 @@ class WeightType(ABC):
         """
 
     @abstractmethod
-    def round(self, x: Tensor) -> Tensor:
-        """The nearest value of the grid, saturating."""
+    def round(self, x: Tensor, zero: Tensor | float) -> Tensor:
+        """The value of the grid nearest to x = W / s, moved by the zero point, saturating."""
 
     @abstractmethod
-    def within(self, x: Tensor) -> Tensor:
-        """Bool: x does not saturate."""
+    def within(self, x: Tensor, zero: Tensor | float) -> Tensor:
+        """Bool: `round` does not saturate."""
 
     def spacing(self, x: Tensor) -> Tensor | float:
         """Distance of the grid's values around x."""
         return 1.0
 
-    def scale_slope(self) -> float:
-        """ds / d(extreme) of symmetric types, straight through every rounding, up to a positive factor."""
-        return 1.0
+    @property
+    def one_scale(self) -> bool:
+        """One scale a layer, which layers that vLLM fuses must share."""
+        return False
+
+    @property
+    def signed_scale(self) -> bool:
+        """The scale has the sign of whichever bound is larger, negated; else it is positive."""
+        return False
 
     # Storage.
 
@@ -212,7 +218,7 @@ def quantize(weight: Tensor, type_: WeightType, global_scale: Tensor | None = No
     scale, zero = type_.scale_and_zero_point(low, high, weight.dtype, global_scale)
     tile = type_.tile(*weight.shape)
     offset = type_.zero if zero is None else zero[:, None, :, None]
-    values = type_.round(tile.split(weight.float()) / scale[:, None, :, None] + offset)
+    values = type_.round(tile.split(weight.float()) / scale[:, None, :, None], offset)
     return store(tile.merge(values, weight.shape), scale, zero, type_, weight.dtype, global_scale)
 
 

@@ -43,15 +43,19 @@ class Float8(WeightType):
             case "block":
                 return Tile(BLOCK, BLOCK)
 
+    @property
+    def one_scale(self) -> bool:
+        return self.strategy == "tensor"
+
     def scale_and_zero_point(
         self, low: Tensor, high: Tensor, dtype: torch.dtype, global_scale: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         return away_from_zero(torch.maximum(-low, high) / E4M3.highest, dtype), None
 
-    def round(self, x: Tensor) -> Tensor:
+    def round(self, x: Tensor, zero: Tensor | float) -> Tensor:
         return E4M3.round(x)
 
-    def within(self, x: Tensor) -> Tensor:
+    def within(self, x: Tensor, zero: Tensor | float) -> Tensor:
         return x.abs() <= E4M3.highest
 
     def spacing(self, x: Tensor) -> Tensor:

@@ -82,15 +82,17 @@ class Integer(WeightType):
         # Rounding the scale down may push the zero point past the last code; hence the clamp.
         return scale, torch.round(-low / scale).clamp(0, self.max_code)
 
-    def round(self, x: Tensor) -> Tensor:
-        return torch.round(x).clamp(0, self.max_code)
+    def round(self, x: Tensor, zero: Tensor | float) -> Tensor:
+        # Rounded before the zero point is added: the sum would lose bits of the fraction.
+        return (torch.round(x) + zero).clamp(0, self.max_code)
 
-    def within(self, x: Tensor) -> Tensor:
-        code = torch.round(x)
+    def within(self, x: Tensor, zero: Tensor | float) -> Tensor:
+        code = torch.round(x) + zero
         return (code >= 0) & (code <= self.max_code)
 
-    def scale_slope(self) -> float:
-        return -1 / self.zero
+    @property
+    def signed_scale(self) -> bool:
+        return self.symmetric
 
     def encode(self, values: Tensor) -> Tensor:
         return values.to(torch.uint8)

@@ -62,10 +62,10 @@ class Mx(WeightType):
         scale = power_of_two(torch.maximum(-low, high)) * 2.0**-self.grid.max_exponent
         return scale.clamp(min=_LEAST_SCALE), None
 
-    def round(self, x: Tensor) -> Tensor:
+    def round(self, x: Tensor, zero: Tensor | float) -> Tensor:
         return self.grid.round(x)
 
-    def within(self, x: Tensor) -> Tensor:
+    def within(self, x: Tensor, zero: Tensor | float) -> Tensor:
         return x.abs() <= self.grid.highest
 
     def spacing(self, x: Tensor) -> Tensor:

@@ -60,10 +60,10 @@ class NvFp4(WeightType):
         scale = E4M3.round(torch.maximum(-low, high) * (global_scale / E2M1.highest)).clamp(min=_LEAST_SCALE)
         return scale / global_scale, None
 
-    def round(self, x: Tensor) -> Tensor:
+    def round(self, x: Tensor, zero: Tensor | float) -> Tensor:
         return E2M1.round(x)
 
-    def within(self, x: Tensor) -> Tensor:
+    def within(self, x: Tensor, zero: Tensor | float) -> Tensor:
         return x.abs() <= E2M1.highest
 
     def spacing(self, x: Tensor) -> Tensor:

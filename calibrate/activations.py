@@ -1,0 +1,105 @@
+"""What goes into the linear layers of a block: its statistics, and its quantization while a block is tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calibrate.blocks import run_block, token_parts
+from calibrate.layer_schemes import fused_groups
+from vllm_autoround.format.activations import ActivationType
+from vllm_autoround.format.scheme import QuantScheme
+
+
+@dataclass(slots=True)
+class InputStatistics:
+    """Of one layer's input features, over every sample."""
+
+    amax: Tensor  # scalar float32
+    square_sum: Tensor  # [K] float32
+
+    @classmethod
+    def of(cls, x: Tensor) -> InputStatistics:
+        """Of an input [..., K]."""
+        values = x.detach().flatten(0, -2).float()
+        return cls(values.abs().amax(), values.square().sum(0))
+
+    def merge(self, other: InputStatistics) -> None:
+        """Take further samples in."""
+        self.amax = torch.maximum(self.amax, other.amax)
+        self.square_sum += other.square_sum
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedInput:
+    """How one layer's input is quantized."""
+
+    type: ActivationType
+    scale: Tensor | None  # [1] float32, what the checkpoint stores; None where it stores nothing
+
+
+@torch.no_grad()
+def observe_inputs(
+    block: nn.Module, names: Collection[str], hidden: Tensor, arguments: dict[str, Any]
+) -> dict[str, InputStatistics]:
+    """Statistics of the inputs of the layers ``names`` over the block's inputs [S, T, H]."""
+    seen: dict[str, InputStatistics] = {}
+
+    def observe(name: str, x: Tensor) -> Tensor:
+        statistics = InputStatistics.of(x)
+        seen[name].merge(statistics) if name in seen else seen.update({name: statistics})
+        return x
+
+    device = next(block.parameters()).device
+    with _before_layers(block, dict.fromkeys(names, observe)):
+        for part in token_parts(hidden):
+            run_block(block, part.to(device), arguments)
+    return seen
+
+
+def quantized_inputs_of(
+    schemes: Mapping[str, QuantScheme], statistics: Mapping[str, InputStatistics]
+) -> dict[str, QuantizedInput]:
+    """The input quantization of every layer that has one; layers that vLLM fuses share their scalar."""
+    inputs = {}
+    for group in fused_groups(name for name, scheme in schemes.items() if scheme.activations is not None):
+        amax = torch.stack([statistics[name].amax for name in group]).amax()
+        for name in group:
+            activations = schemes[name].activations
+            assert activations is not None
+            inputs[name] = QuantizedInput(activations, activations.calibrated(amax))
+    return inputs
+
+
+@contextmanager
+def quantized_inputs(block: nn.Module, inputs: Mapping[str, QuantizedInput]) -> Iterator[None]:
+    """Quantize the inputs of these layers inside the context; gradients pass straight through."""
+
+    def quantize(name: str, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            values = inputs[name].type.fake_quantize(x, inputs[name].scale).to(x.dtype)
+        return x + (values - x).detach() if x.requires_grad else values
+
+    with _before_layers(block, dict.fromkeys(inputs, quantize)):
+        yield
+
+
+@contextmanager
+def _before_layers(block: nn.Module, actions: Mapping[str, Any]) -> Iterator[None]:
+    """Call ``actions[name](name, x)`` on each layer's input and hand its result to the layer."""
+    hooks = [
+        block.get_submodule(name).register_forward_pre_hook(
+            lambda _module, args, name=name, action=action: (action(name, args[0]), *args[1:])
+        )
+        for name, action in actions.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
