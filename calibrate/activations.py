@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -83,10 +83,22 @@ def quantized_inputs(block: nn.Module, inputs: Mapping[str, QuantizedInput]) -> 
     def quantize(name: str, x: Tensor) -> Tensor:
         with torch.no_grad():
             values = inputs[name].type.fake_quantize(x, inputs[name].scale).to(x.dtype)
-        return x + (values - x).detach() if x.requires_grad else values
+        return cast(Tensor, _StraightThrough.apply(x, values))
 
     with _before_layers(block, dict.fromkeys(inputs, quantize)):
         yield
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The second argument, with the gradient of the first."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor) -> Tensor:
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 
 from calibrate.config import CalibrationError
 
+_PART_TOKENS = 16_384
+
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -95,6 +97,11 @@ def run_block(block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Te
     if not isinstance(out, Tensor):
         raise TypeError(f"{type(block).__name__} returns {type(out).__name__}, expected one tensor of hidden states")
     return out
+
+
+def token_parts(hidden: Tensor) -> tuple[Tensor, ...]:
+    """Views of [S, T, H] of about _PART_TOKENS tokens each: what a forward without gradients takes at once."""
+    return hidden.split(max(1, _PART_TOKENS // hidden.shape[1]))
 
 
 def to_device(block: Block, device: torch.device, dtype: torch.dtype) -> nn.Module:

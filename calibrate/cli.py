@@ -1,4 +1,4 @@
-"""Command line: ``vllm-autoround calibrate | gate | inspect``; ``python -m calibrate`` is the first of them."""
+"""Command line: ``vllm-autoround calibrate | gate | inspect | convert``; ``python -m calibrate`` is the first."""
 
 from __future__ import annotations
 
@@ -6,28 +6,44 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
+from typing import get_args
 
-from calibrate.config import DEFAULT_DATASET, FORMATS, RECIPES, CalibrationConfig, CalibrationError
+from calibrate.config import DEFAULT_DATASET, FORMATS, RECIPES, CalibrationConfig, CalibrationError, KVCache
 from vllm_autoround.format.errors import ManifestError, SchemeError
 
 _RECIPES_HELP = "\n".join(
-    f"  {name:<16} {r.iters:>5} steps of {r.batch_size} x {r.seqlen} tokens, {r.nsamples} samples, "
-    f"lr {r.lr or ('1/iters' if r.iters else '-')}"
+    f"  {name:<16} {r.iters:>5} {r.batch_size:>6} {r.seqlen:>7} {r.nsamples:>8} "
+    f"{r.lr or ('1/iters' if r.iters else '-'):>8} {r.scale_lr:>9} {r.momentum:>9} "
+    f"{'yes' if r.scale_search else 'no':>7} {'yes' if r.kl_last_block else 'no':>5}"
     for name, r in RECIPES.items()
 )
+_RECIPES_HEAD = (
+    f"  {'recipe':<16} {'iters':>5} {'batch':>6} {'seqlen':>7} {'nsamples':>8} {'lr':>8} {'scale-lr':>9} "
+    f"{'momentum':>9} {'search':>7} {'kl':>5}"
+)
+_SCHEMES_HELP = """schemes:
+  W2A16 ... W8A16  integer weights; _ASYM for zero points, G64 or the like for the group size: W3A16_ASYM, W2A16G64
+  W4A8_FP8         4-bit integer weights, FP8 activations per token
+  FP8 FP8_STATIC FP8_DYNAMIC FP8_BLOCK   weights per tensor, channel, channel, 128 x 128; activations static, static,
+                   per token, per 128
+  NVFP4 MXFP4 MXFP8, and with A16 behind them for weights only"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``vllm-autoround``; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="vllm-autoround", description="Low-bit LLMs: calibrate a checkpoint, gate its accuracy, inspect it."
+        prog="vllm-autoround",
+        description="Low-bit LLMs: calibrate a checkpoint, gate its accuracy, inspect and convert it.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, add_arguments, summary in (
         ("calibrate", _add_calibrate, "quantize a Hugging Face causal LM into a checkpoint for vLLM"),
         ("gate", _add_gate, "compare the checkpoint's task score with the original model's"),
         ("inspect", _add_inspect, "show what a checkpoint holds"),
+        ("convert", _add_convert, "write a checkpoint in another format, without loss or not at all"),
     ):
         command = commands.add_parser(
             name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -42,42 +58,70 @@ def calibrate_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_calibrate(parser: argparse.ArgumentParser) -> None:
-    defaults = CalibrationConfig()
+    defaults = SimpleNamespace(**{field.name: field.default for field in fields(CalibrationConfig)})
     parser.usage = "%(prog)s MODEL OUT [options]"
-    parser.epilog = f"recipes:\n{_RECIPES_HELP}\n\nserve the result with: vllm serve OUT --quantization autoround"
+    parser.epilog = (
+        f"{_SCHEMES_HELP}\n\n{_RECIPES_HEAD}\n{_RECIPES_HELP}\n\n"
+        "serve the result with: vllm serve OUT --quantization autoround"
+    )
     parser.add_argument("model", metavar="MODEL", help="Hub id or local folder")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not exist or be empty")
     what = parser.add_argument_group("what to make")
-    what.add_argument("--scheme", default=defaults.scheme, help="W2A16 to W8A16, or with _ASYM (default: %(default)s)")
+    what.add_argument(
+        "--scheme", default=defaults.scheme, help="of the decoder blocks, see below (default: %(default)s)"
+    )
     what.add_argument(
         "--group-size",
         type=int,
-        default=defaults.group_size,
         metavar="G",
-        help="weights sharing a scale: 16, 32, 64, 128, 256, or -1 for one a row (default: %(default)s)",
+        help="integer weights sharing a scale: 16, 32, 64, 128, 256, or -1 for one a row (default: 128)",
     )
-    what.add_argument("--kv-cache", choices=["fp8"], help="also calibrate KV-cache scales (default: leave it as it is)")
     what.add_argument(
-        "--ignore",
-        nargs="+",
+        "--layer",
+        action="append",
         default=[],
-        metavar="NAME",
-        help="linear layers to leave as they are: full names or re:PATTERN (default: none; lm_head always is)",
+        metavar="PATTERN=SCHEME",
+        help="another scheme, or 'ignore', for the layers that a full name, regular expression or re:PATTERN (from the "
+        "beginning) stands for; lm_head and the embedding too; can be repeated, the first that matches wins",
+    )
+    what.add_argument(
+        "--layer-config", type=Path, metavar="FILE", help="YAML or JSON of PATTERN: SCHEME, read after --layer"
+    )
+    what.add_argument(
+        "--ignore", nargs="+", default=[], metavar="PATTERN", help="layers to leave as they are (default: none)"
+    )
+    what.add_argument("--stock-vllm", action="store_true", help="refuse what vLLM cannot serve without the plugin")
+    what.add_argument(
+        "--kv-cache", choices=get_args(KVCache), help="also calibrate KV-cache scales (default: leave it as it is)"
     )
     what.add_argument(
         "--format",
-        default=defaults.format,
+        nargs="+",
+        default=[defaults.format],
         choices=FORMATS,
         metavar="NAME",
-        help="layout on disk (default: %(default)s)",
+        help=f"layout on disk, or several, each in a folder of its own in OUT: {', '.join(FORMATS)} (default: "
+        f"{defaults.format})",
     )
-    how = parser.add_argument_group("how to tune")
+    how = parser.add_argument_group("how to tune (default: what the recipe says)")
     how.add_argument(
         "--recipe", default=defaults.recipe, choices=RECIPES, metavar="NAME", help="see below (default: %(default)s)"
     )
-    how.add_argument("--iters", type=int, metavar="N", help="steps a block; 0 rounds to nearest (default: recipe)")
-    how.add_argument("--batch-size", type=int, metavar="N", help="samples a step (default: recipe)")
-    how.add_argument("--lr", type=float, help="first learning rate, falling to 0 linearly (default: recipe)")
+    how.add_argument("--iters", type=int, metavar="N", help="steps a block; 0: none")
+    how.add_argument("--batch-size", type=int, metavar="N", help="samples a step")
+    how.add_argument("--lr", type=float, help="first learning rate, falling to 0 linearly")
+    how.add_argument("--scale-lr", type=float, metavar="F", help="rate of the scales, relative to lr")
+    how.add_argument(
+        "--momentum", type=float, metavar="F", help="share of the gradients' running mean that a step keeps"
+    )
+    how.add_argument(
+        "--scale-search", action=argparse.BooleanOptionalAction, help="start from the best scales of a grid"
+    )
+    how.add_argument(
+        "--kl-last-block",
+        action=argparse.BooleanOptionalAction,
+        help="tune the last block on the model's output distribution",
+    )
     how.add_argument(
         "--gradient-accumulate-steps",
         type=int,
@@ -135,6 +179,14 @@ def _add_gate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
 
 
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", metavar="IN", type=Path, help="a quantized checkpoint in any dialect that inspect reads"
+    )
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not exist or be empty")
+    parser.add_argument("--format", required=True, choices=FORMATS, metavar="NAME", help=", ".join(FORMATS))
+
+
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="OUT", type=Path)
     parser.add_argument("--json", action="store_true", help="machine-readable")
@@ -148,6 +200,8 @@ def _run(args: argparse.Namespace) -> int:
                 return _calibrate(args)
             case "gate":
                 return _gate(args)
+            case "convert":
+                return _convert(args)
             case _:
                 return _inspect(args)
     except (CalibrationError, SchemeError, ManifestError) as error:
@@ -158,11 +212,15 @@ def _run(args: argparse.Namespace) -> int:
 
 def _calibrate(args: argparse.Namespace) -> int:
     from calibrate.inspection import inspect_checkpoint, inspection_table
+    from calibrate.layer_config import parse_layer_rule, read_layer_config
     from calibrate.pipeline import calibrate
     from calibrate.tuning import NonFiniteError
 
-    settings = {key: value for key, value in vars(args).items() if key not in ("command", "model", "out")}
-    settings["ignore"] = tuple(args.ignore)
+    apart = ("command", "model", "out", "layer", "layer_config")
+    settings = {key: value for key, value in vars(args).items() if key not in apart}
+    settings["layers"] = [parse_layer_rule(rule) for rule in args.layer]
+    if args.layer_config is not None:
+        settings["layers"] += read_layer_config(args.layer_config)
     try:
         report = calibrate(args.model, args.out, **settings)
     except NonFiniteError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from vllm_autoround.format.errors import SchemeError
 
@@ -111,7 +111,8 @@ class CalibrationConfig:
     @property
     def rules(self) -> tuple[tuple[str, str], ...]:
         """`layers`, then `ignore`, as pattern -> scheme."""
-        return (*tuple(self.layers), *((pattern, IGNORE) for pattern in self.ignore))  # type: ignore[return-value]
+        layers = cast(tuple[tuple[str, str], ...], self.layers)
+        return (*layers, *((pattern, IGNORE) for pattern in self.ignore))
 
     @property
     def formats(self) -> tuple[str, ...]:

@@ -18,18 +18,20 @@ _OBSERVER = "autoround_observer"
 
 
 class AttentionRanges:
-    """Largest magnitudes of q, k and v of each attention module, over everything it has seen."""
+    """Largest magnitudes of q, k and v of each attention head, over everything it has seen."""
 
     def __init__(self) -> None:
-        self._amax: dict[nn.Module, Tensor] = {}  # module -> [3] float32: q, k, v
+        self._amax: dict[nn.Module, tuple[Tensor, ...]] = {}  # module -> q [heads], k and v [kv heads], float32
 
     def observe(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> None:
         """query [B, heads, T, D], key and value [B, kv heads, T, D]."""
-        seen = torch.stack([tensor.abs().amax().float() for tensor in (query, key, value)])
-        self._amax[module] = torch.maximum(self._amax[module], seen) if module in self._amax else seen
+        seen = tuple(tensor.abs().amax((0, 2, 3)).float() for tensor in (query, key, value))
+        self._amax[module] = tuple(map(torch.maximum, self._amax.get(module, seen), seen))
 
-    def scales(self, block: nn.Module, block_name: str) -> dict[str, Tensor]:
-        """Tensors of the checkpoint: ``<attention>.{q,k,v}_scale``, each [1] float32 = amax / 448, rounded up.
+    def scales(self, block: nn.Module, block_name: str, *, per_head: bool) -> dict[str, Tensor]:
+        """Tensors of the checkpoint: ``<attention>.{q,k,v}_scale``, float32 = amax / 448, rounded up.
+
+        Each has shape [1], or [heads, 1, 1] with as many heads as q, k or v has.
 
         Raises:
             NonFiniteError: a range that is 0 or not finite.
@@ -39,10 +41,12 @@ class AttentionRanges:
         for name, module in block.named_modules():
             if module not in self._amax:
                 continue
-            for letter, amax in zip("qkv", self._amax[module].tolist(), strict=True):
-                if not 0 < amax < float("inf"):
-                    raise NonFiniteError(f"{name}: the largest {letter} is {amax}; no FP8 scale covers that")
-                tensors[f"{block_name}.{name}.{letter}_scale"] = round_up_to_bfloat16(torch.tensor([amax / FP8_MAX]))
+            for letter, heads in zip("qkv", self._amax[module], strict=True):
+                amax = heads.cpu() if per_head else heads.amax().cpu().reshape(1)
+                if not ((amax > 0) & amax.isfinite()).all():
+                    raise NonFiniteError(f"{name}: the largest {letter} is {amax.tolist()}; no FP8 scale covers that")
+                scale = round_up_to_bfloat16(amax / FP8_MAX)
+                tensors[f"{block_name}.{name}.{letter}_scale"] = scale[:, None, None] if per_head else scale
         if not tensors:
             raise RuntimeError(f"{block_name}: its attention does not call transformers' attention interface")
         return tensors

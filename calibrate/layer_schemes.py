@@ -35,7 +35,9 @@ def assign_schemes(
         if not matched:
             problems.append(f"{pattern!r} matches no layer; names look like {names[0]}")
         elif not (fresh := [name for name in matched if name not in schemes]):
-            problems.append(f"{pattern!r} has no effect: earlier rules match all of its {len(matched)} layers; move it up")
+            problems.append(
+                f"{pattern!r} has no effect: earlier rules match all of its {len(matched)} layers; move it up"
+            )
         else:
             schemes |= dict.fromkeys(fresh, parse_scheme(scheme_name))
     default = parse_scheme(config.scheme, config.group_size)
@@ -74,10 +76,11 @@ def stock_problems(schemes: Mapping[str, QuantScheme], linears: Iterable[str]) -
         if len(set(of.values())) > 1:
             parent = group[0].rpartition(".")[0]
             listing = ", ".join(f"{leaf}: {scheme or 'not quantized'}" for leaf, scheme in of.items())
+            rule = f"re:{re.escape(parent)}[.]({'|'.join(of)})$=SCHEME"
             problems.append(
-                f"{parent}: stock vLLM fuses {', '.join(of)} into one layer and needs one scheme for it, but they "
-                f"have several ({listing}); give them one with --layer 're:{re.escape(parent)}[.]({'|'.join(of)})$=SCHEME'"
-                ", or leave --stock-vllm out and serve with the plugin"
+                f"{parent}: stock vLLM fuses {', '.join(of)} into one layer and needs one scheme for it, but there are "
+                f"several ({listing}); give them one with --layer {rule!r}, or leave --stock-vllm out and serve with "
+                "the plugin"
             )
     asymmetric = {
         scheme.weights.bits

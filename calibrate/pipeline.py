@@ -1,25 +1,38 @@
-"""The whole run on one screen: load -> for each block: targets, tune, measure the KV cache, write -> publish."""
+"""The whole run on one screen: load -> for each block: targets, statistics, tune, KV cache, write -> publish."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from calibrate.activations import observe_inputs, quantized_inputs, quantized_inputs_of
 from calibrate.blocks import Block, capture_inputs, move_arguments, to_device
 from calibrate.checkpoint import CheckpointWriter
 from calibrate.config import CalibrationConfig
 from calibrate.inspection import inspect_checkpoint
 from calibrate.kv_cache import observed
+from calibrate.outside import quantize_embedding, quantize_heads, replaced_weight
 from calibrate.plan import Plan, make_plan
 from calibrate.report import BlockReport, Stopwatch, decibels, environment, peak_memory, progress_bars, summary_table
 from calibrate.source import load_source
-from calibrate.tuning import NonFiniteError, TunedBlock, advance, relative_distance, tune_block
+from calibrate.tail import ModelTail
+from calibrate.tuning import (
+    Loss,
+    NonFiniteError,
+    TunedBlock,
+    advance,
+    mean_squared_error,
+    relative_distance,
+    tune_block,
+)
+from vllm_autoround.format.weights import QuantizedWeight
 
 
 def calibrate(model: str | Path, out: str | Path, **settings: Any) -> dict[str, Any]:
@@ -40,37 +53,45 @@ def calibrate(model: str | Path, out: str | Path, **settings: Any) -> dict[str, 
     config, watch, reports = CalibrationConfig(**settings), Stopwatch(), list[BlockReport]()
     source = load_source(str(model), trust_remote_code=config.trust_remote_code)
     plan = make_plan(source, Path(out), config)
-    hidden, arguments = capture_inputs(source.model, plan.blocks, plan.samples, plan.compute_dtype)
-    original, quantized = _place(hidden, plan.device)
-    del hidden
+    outside = quantize_embedding(source.model, plan, config)
+    original, quantized, arguments = _block_inputs(source.model, plan, outside)
 
     with (
-        CheckpointWriter(plan.out, source, plan.blocks) as writer,
+        CheckpointWriter(plan.out, source, plan.blocks, config.formats) as writer,
         progress_bars(len(plan.blocks), config.tuning.iters) as progress,
     ):
         for index, block in enumerate(plan.blocks):
             block_watch = Stopwatch()
             progress.start_block(block.name)
+            last = index == len(plan.blocks) - 1
             try:
-                tuned, kv_scales = _calibrate_block(
-                    index, block, arguments[index], original, quantized, plan, config, progress.step
+                loss = (
+                    ModelTail(source.model, plan.blocks, plan.device, plan.compute_dtype).divergence
+                    if last and config.tuning.kl_last_block and config.tuning.iters
+                    else mean_squared_error
+                )
+                tuned, scales = _calibrate_block(
+                    index, block, arguments[index], original, quantized, plan, config, progress.step, loss
                 )
             except NonFiniteError as error:
                 raise NonFiniteError(f"{block.name}: {error}") from error
-            writer.write_block(index, tuned.weights, kv_scales)
+            writer.write_block(index, tuned.weights, scales)
             reports.append(
                 BlockReport(
                     name=block.name,
-                    rtn_db=decibels(tuned.rtn_error),
+                    start_db=decibels(tuned.start_error),
                     tuned_db=decibels(relative_distance(quantized, original)),
                     final_loss=tuned.final_loss,
+                    objective="mse" if loss is mean_squared_error else "kl",
                     seconds=block_watch.seconds(),
                     layers=tuned.layers,
                 )
             )
             progress.finish_block(reports[-1])
-            del tuned, kv_scales  # off the device before the next block comes
+            del tuned, loss  # off the device before the next block comes
 
+        heads, scales = quantize_heads(source.model, plan, config, quantized)
+        writer.write_outside({**outside, **heads}, scales)
         versions = environment(plan.device)
         writer.complete(
             plan.manifest,
@@ -93,6 +114,19 @@ def calibrate(model: str | Path, out: str | Path, **settings: Any) -> dict[str, 
     return report
 
 
+def _block_inputs(
+    model: PreTrainedModel, plan: Plan, outside: Mapping[str, QuantizedWeight]
+) -> tuple[Tensor, Tensor, list[dict[str, Any]]]:
+    """What enters the first block in the original and in the quantized chain, and every block's other arguments."""
+    hidden, arguments = capture_inputs(model, plan.blocks, plan.samples, plan.compute_dtype)
+    if not outside:
+        return (*_place(hidden, hidden.clone(), plan.device), arguments)
+    [embedding] = outside.values()
+    with replaced_weight(model.get_input_embeddings(), embedding):
+        quantized, _ = capture_inputs(model, plan.blocks, plan.samples, plan.compute_dtype)
+    return (*_place(hidden, quantized, plan.device), arguments)
+
+
 def _calibrate_block(
     index: int,
     block: Block,
@@ -102,35 +136,48 @@ def _calibrate_block(
     plan: Plan,
     config: CalibrationConfig,
     on_step: Callable[[], None],
+    loss: Loss,
 ) -> tuple[TunedBlock, dict[str, Tensor]]:
-    """Tune one block and advance both chains, [S, T, H], through it in place; its KV-cache scales beside it."""
-    arguments = move_arguments(arguments, plan.device)
+    """Tune one block and advance both chains, [S, T, H], through it in place; its activation and KV scales beside it."""
+    arguments, schemes = move_arguments(arguments, plan.device), plan.schemes(block)
     module = to_device(block, plan.device, plan.compute_dtype)
     advance(module, original, arguments)
-    tuned = tune_block(
-        module,
-        block.module,
-        plan.schemes(block),
-        quantized,
-        original,
-        arguments,
-        recipe=config.tuning,
-        accumulate=config.gradient_accumulate_steps,
-        generator=torch.Generator().manual_seed(config.seed + index),
-        on_step=on_step,
-    )
-    return tuned, _advance_quantized(module, quantized, arguments, block.name, plan)
+    # On the quantized chain: what the layers will be fed when they are served.
+    statistics = observe_inputs(module, schemes, quantized, arguments)
+    inputs = quantized_inputs_of(schemes, statistics)
+    with quantized_inputs(module, inputs):
+        tuned = tune_block(
+            module,
+            block.module,
+            schemes,
+            quantized,
+            original,
+            arguments,
+            recipe=config.tuning,
+            statistics=statistics,
+            accumulate=config.gradient_accumulate_steps,
+            generator=torch.Generator().manual_seed(config.seed + index),
+            on_step=on_step,
+            loss=loss,
+        )
+        scales = _advance_quantized(module, quantized, arguments, block.name, plan)
+    scales |= {
+        f"{block.name}.{name}.{made.type.static}": made.scale.cpu()
+        for name, made in inputs.items()
+        if made.scale is not None
+    }
+    return tuned, scales
 
 
-def _place(hidden: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+def _place(original: Tensor, quantized: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Inputs [S, T, H] of the original and the quantized chain: on the device while both fit in half of what is free,
     else in pinned host memory."""
     if device.type != "cuda":
-        return hidden, hidden.clone()
+        return original, quantized
     free, _ = torch.cuda.mem_get_info(device)
-    if 2 * hidden.nbytes <= free // 2:
-        return hidden.to(device), hidden.to(device)
-    return hidden.pin_memory(), hidden.pin_memory()
+    if 2 * original.nbytes <= free // 2:
+        return original.to(device), quantized.to(device)
+    return original.pin_memory(), quantized.pin_memory()
 
 
 def _advance_quantized(
@@ -142,7 +189,7 @@ def _advance_quantized(
         return {}
     with observed(module) as ranges:
         advance(module, hidden, arguments)
-    return ranges.scales(module, name)
+    return ranges.scales(module, name, per_head=plan.manifest.kv_cache == "fp8_per_head")
 
 
 def _settings(config: CalibrationConfig) -> dict[str, Any]:

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from calibrate.blocks import Block, find_blocks
 from calibrate.checkpoint import PARTIAL_MARK, partial_folder
 from calibrate.config import CalibrationConfig, CalibrationError
 from calibrate.data import load_samples
+from calibrate.layer_schemes import assign_schemes, stock_problems
 from calibrate.source import Source
 from vllm_autoround.format.errors import SchemeError
 from vllm_autoround.format.manifest import Manifest
 from vllm_autoround.format.scheme import QuantScheme
 
-# vLLM fuses these into one layer, which needs one scheme.
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _DISK_RESERVE = 64 << 20  # bytes beyond the checkpoint itself
 
 
@@ -46,6 +45,11 @@ class Plan:
             if name.startswith(prefix)
         }
 
+    def outside(self) -> dict[str, QuantScheme]:
+        """Scheme by full name of the quantized layers that are in no block: the embedding and the head."""
+        prefixes = tuple(f"{block.name}." for block in self.blocks)
+        return {name: scheme for name, scheme in self.manifest.schemes.items() if not name.startswith(prefixes)}
+
 
 def make_plan(source: Source, out: Path, config: CalibrationConfig) -> Plan:
     """Check model, scheme, device, data, disk and settings against one another.
@@ -55,26 +59,18 @@ def make_plan(source: Source, out: Path, config: CalibrationConfig) -> Plan:
     """
     out = out.resolve()
     blocks = find_blocks(source.model)
-    linears = {f"{block.name}.{name}": layer for block in blocks for name, layer in block.linears().items()}
-    others = [
-        name
-        for name, module in source.model.named_modules()
-        if isinstance(module, torch.nn.Linear) and name not in linears
-    ]
-    ignored, problems = _resolve_ignore(config.ignore, [*linears, *others])
-    chosen = [name for name in linears if name not in ignored]
-    problems += _fused_problems(chosen, linears)
+    inside = {f"{block.name}.{name}": layer for block in blocks for name, layer in block.linears().items()}
+    outside = _outside_layers(source, inside)
+    schemes, problems = assign_schemes(config, list(inside), list(outside))
     problems += [
         f"{name} is a matrix that no linear layer owns (fused experts or a custom layer); such models are not supported"
         for block in blocks
         for name in block.unowned_matrices()
     ]
-    for name in chosen:
-        try:
-            config.quant_scheme.check_layer(name, linears[name].in_features)
-        except SchemeError as error:
-            problems.append(str(error))
-    if not chosen:
+    problems += _layer_problems(schemes, {**inside, **outside})
+    if config.stock_vllm:
+        problems += stock_problems(schemes, inside)
+    if not schemes:
         problems.append("no layer is left to quantize")
     problems += _damage(source) + _setting_problems(source, config) + _output_problems(source, out)
     device, samples = torch.device("cpu"), torch.empty(0)
@@ -89,9 +85,10 @@ def make_plan(source: Source, out: Path, config: CalibrationConfig) -> Plan:
     if problems:
         raise CalibrationError("\n".join(problems))
 
+    linears = [*inside, *(name for name, layer in outside.items() if isinstance(layer, nn.Linear))]
     manifest = Manifest(
-        schemes=dict.fromkeys(chosen, config.quant_scheme),
-        ignore=tuple([name for name in linears if name in ignored] + others),
+        schemes=schemes,
+        ignore=tuple(name for name in linears if name not in schemes),
         kv_cache=config.kv_cache,
     )
     return Plan(out, blocks, samples, manifest, device, compute_dtype(device, source.model.dtype))
@@ -126,22 +123,26 @@ def compute_dtype(device: torch.device, model_dtype: torch.dtype) -> torch.dtype
     return torch.bfloat16
 
 
-def _resolve_ignore(patterns: Iterable[str], names: list[str]) -> tuple[set[str], list[str]]:
-    """Layers that the patterns name, and a problem for each pattern that names none."""
-    ignored: set[str] = set()
-    problems = []
-    for pattern in patterns:
+def _outside_layers(source: Source, inside: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The layers in no block that can be quantized: the input embedding, and linear layers such as lm_head."""
+    embedding = source.model.get_input_embeddings()
+    return {
+        name: module
+        for name, module in source.model.named_modules()
+        if name not in inside and (module is embedding or isinstance(module, nn.Linear))
+    }
+
+
+def _layer_problems(schemes: Mapping[str, QuantScheme], layers: Mapping[str, nn.Module]) -> Iterator[str]:
+    """A problem for each scheme that does not fit its layer."""
+    for name, scheme in schemes.items():
         try:
-            expression = re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else re.escape(pattern))
-        except re.error as error:
-            problems.append(f"ignore {pattern!r} is not a regular expression: {error}")
-            continue
-        match = expression.match if pattern.startswith("re:") else expression.fullmatch
-        matched = {name for name in names if match(name)}
-        if not matched:
-            problems.append(f"ignore {pattern!r} matches no linear layer; names look like {names[0]}")
-        ignored |= matched
-    return ignored, problems
+            rows, columns = cast(Tensor, layers[name].weight).shape
+            scheme.check_layer(name, rows, columns)
+        except SchemeError as error:
+            yield str(error)
+        if isinstance(layers[name], nn.Embedding) and scheme.activations is not None:
+            yield f"{name} is an embedding, whose input is no activation; use a scheme with 16-bit activations for it"
 
 
 def _load_samples(source: Source, config: CalibrationConfig) -> Tensor:
@@ -165,21 +166,6 @@ def _damage(source: Source) -> list[str]:
         for name, tensor in floats
         if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all()
     ]
-
-
-def _fused_problems(chosen: list[str], linears: Iterable[str]) -> list[str]:
-    problems = []
-    present, quantized = set(linears), set(chosen)
-    for first in [name for name in present if name.rpartition(".")[2] in {group[0] for group in _FUSED}]:
-        parent, _, leaf = first.rpartition(".")
-        group = next(group for group in _FUSED if group[0] == leaf)
-        members = {f"{parent}.{name}" for name in group} & present
-        if members & quantized and members - quantized:
-            problems.append(
-                f"{parent}: vLLM fuses {', '.join(group)} into one layer; ignore all of them or none "
-                f"(ignored: {', '.join(sorted(members - quantized))})"
-            )
-    return sorted(problems)
 
 
 def _setting_problems(source: Source, config: CalibrationConfig) -> list[str]:

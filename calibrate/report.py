@@ -29,16 +29,17 @@ class BlockReport:
     """Errors are relative squared errors of the block's output against the original model's, in dB; None for 0."""
 
     name: str
-    rtn_db: float | None  # rounded to nearest, on the same inputs
+    start_db: float | None  # before the first step, on the same inputs
     tuned_db: float | None
+    objective: str  # of the tuning: "mse" of the block's output or "kl" of the model's
     final_loss: float | None  # mean squared error of the last step; None without tuning
     seconds: float
     layers: dict[str, LayerReport]
 
     @property
     def gain_db(self) -> float:
-        """How much less the error is than that of rounding to nearest; negative if tuning did harm."""
-        return (self.rtn_db or 0.0) - (self.tuned_db or 0.0)
+        """How much less the error is than before tuning; negative if tuning did harm."""
+        return (self.start_db or 0.0) - (self.tuned_db or 0.0)
 
 
 def decibels(ratio: float) -> float | None:
@@ -67,11 +68,12 @@ class Progress:
 
     def finish_block(self, report: BlockReport) -> None:
         """Print the block's line and advance the first bar."""
-        line = f"{report.name}: error {_db(report.rtn_db)} dB rounded to nearest"
+        line = f"{report.name}: error {_db(report.start_db)} dB rounded"
         if report.final_loss is not None:
             line += f", {_db(report.tuned_db)} dB tuned"
         tqdm.write(f"{line}  ({report.seconds:.1f} s)", file=sys.stderr)
-        if report.final_loss is not None and report.gain_db < 0:
+        # A block tuned on the model's output may well be further from its own.
+        if report.final_loss is not None and report.objective == "mse" and report.gain_db < 0:
             tqdm.write(f"WARNING: {report.name} is worse tuned than rounded; more steps would help", file=sys.stderr)
         self._blocks.update()
 
@@ -128,10 +130,10 @@ def _db(value: float | None) -> str:
 def summary_table(blocks: list[BlockReport]) -> str:
     """The table printed at the end of a run."""
     tuned = any(block.final_loss is not None for block in blocks)
-    head = f"{'block':<28}{'RTN dB':>10}" + (f"{'tuned dB':>10}{'gain dB':>10}" if tuned else "") + f"{'seconds':>10}"
+    head = f"{'block':<28}{'start dB':>10}" + (f"{'tuned dB':>10}{'gain dB':>10}" if tuned else "") + f"{'seconds':>10}"
     lines = [head]
     for block in blocks:
-        line = f"{block.name:<28}{_db(block.rtn_db):>10}"
+        line = f"{block.name:<28}{_db(block.start_db):>10}"
         if tuned:
             line += f"{_db(block.tuned_db):>10}{block.gain_db:>10.2f}"
         lines.append(line + f"{block.seconds:>10.1f}")

@@ -1,0 +1,68 @@
+"""What a model does after its blocks, and the loss of the last block that it makes possible: KL on the logits."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from calibrate.blocks import Block
+
+_LOGITS = 1 << 26  # logits that exist at once
+
+
+class ModelTail:
+    """The model from the hidden states that leave its last block to the logits.
+
+    Norm, head, a soft cap on the logits: all of it is the model's own code, in a copy without the blocks.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, blocks: Sequence[Block], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._entry = _PassThrough()
+        stand_ins: dict[int, object] = {id(block.module): self._entry for block in blocks}
+        self.model = cast(PreTrainedModel, copy.deepcopy(model, stand_ins)).to(device=device, dtype=dtype).eval()
+        self.model.requires_grad_(False)
+        self._tokens = max(1, _LOGITS // model.config.get_text_config().vocab_size)
+
+    def divergence(self, output: Tensor, target: Tensor) -> Tensor:
+        """Mean over tokens of KL(original || quantized): hidden states [B, T, H] of both -> scalar float32."""
+        parts = zip(self._slices(output), self._slices(target), strict=True)
+        # Checkpointed, so that only one part's logits exist, forward and backward.
+        sums = [checkpoint(self._divergence, mine, theirs, use_reentrant=False) for mine, theirs in parts]
+        return torch.stack(sums).sum() / output.shape[:-1].numel()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[1, T, H] -> [T, V] float32."""
+        self._entry.hidden = hidden
+        try:
+            # The ids are never looked at: the first stand-in replaces what they were embedded to.
+            ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+            return cast(Tensor, self.model(input_ids=ids, use_cache=False).logits)[0].float()
+        finally:
+            self._entry.hidden = None
+
+    def _slices(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        return hidden.flatten(0, 1)[None].split(self._tokens, dim=1)
+
+    def _divergence(self, output: Tensor, target: Tensor) -> Tensor:
+        with torch.no_grad():
+            expected = F.log_softmax(self.logits(target), dim=-1)
+        return F.kl_div(F.log_softmax(self.logits(output), dim=-1), expected, log_target=True, reduction="sum")
+
+
+class _PassThrough(nn.Module):
+    """Stands for every block, and returns the hidden states that are to leave the last one."""
+
+    hidden: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+        assert self.hidden is not None
+        return self.hidden
