@@ -39,7 +39,10 @@ def test_statistics_are_over_every_sample(tokens_at_once: int, monkeypatch: pyte
 def test_fused_layers_share_their_scalar_and_others_have_their_own() -> None:
     schemes = dict.fromkeys(["q_proj", "k_proj", "v_proj", "o_proj"], QuantScheme.parse("NVFP4"))
     schemes |= {"down_proj": QuantScheme.parse("W4A16")}
-    statistics = {name: blocks_statistics(amax) for name, amax in zip(schemes, (1.0, 2.0, 3.0, 4.0, 5.0), strict=True)}
+    statistics = {
+        name: InputStatistics(torch.tensor(amax), torch.ones(4))
+        for name, amax in zip(schemes, (1.0, 2.0, 3.0, 4.0, 5.0), strict=True)
+    }
     inputs = quantized_inputs_of(schemes, statistics)
     scales = {name: made.scale.item() for name, made in inputs.items() if made.scale is not None}
     divisor = 448 * 6
