@@ -5,7 +5,7 @@ import torch
 import transformers as tf
 
 from calibrate import blocks as blocks_module
-from calibrate.activations import QuantizedInput, observe_inputs, quantized_inputs, quantized_inputs_of
+from calibrate.activations import InputStatistics, QuantizedInput, observe_inputs, quantized_inputs, quantized_inputs_of
 from calibrate.blocks import capture_inputs, find_blocks, run_block
 from tests.calibrate.conftest import COMMON, make_model
 from vllm_autoround.format import activations
