@@ -5,7 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
+from calibrate.activations import QuantizedInput, quantized_inputs
 from calibrate.blocks import find_blocks
+from vllm_autoround.format.reader import dequantized_state_dict, read_manifest, read_tensors
 
 Problem = dict[str, str]  # GSM8K's format: "question", and "answer" that ends in "#### N"
 
@@ -22,22 +25,41 @@ STOP = "Question:"
 _TAIL = 12  # the tokens at a row's end in which STOP must show
 
 
-def load_model(folder: Path, state: Mapping[str, Tensor] | None, device: torch.device) -> PreTrainedModel:
-    """The model in ``folder`` in bfloat16, with its weights replaced by ``state``.
+@contextmanager
+def served_model(folder: Path, checkpoint: Path | None, device: torch.device) -> Iterator[PreTrainedModel]:
+    """The model in ``folder`` in bfloat16 or, of a checkpoint in any dialect, what it stands for.
+
+    Weights are dequantized; inputs of layers whose scheme quantizes activations are fake-quantized, with the
+    checkpoint's own scales.
 
     Raises:
-        ValueError: a tensor of ``state`` that the model lacks, or one of the model's that ``state`` does not set.
+        ValueError: a tensor of the checkpoint that the model lacks, or one of the model's that it does not set.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    if state is not None:
-        missing, unexpected = model.load_state_dict(dict(state), strict=False)
+    inputs = {}
+    if checkpoint is not None:
+        missing, unexpected = model.load_state_dict(dequantized_state_dict(checkpoint, torch.bfloat16), strict=False)
         tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
         if wrong := unexpected or sorted(set(missing) - tied):
             raise ValueError(f"{len(wrong)} tensors do not fit {type(model).__name__}, the first is {wrong[0]}")
-    return model.to(device)
+        inputs = _input_types(checkpoint, device)
+    with quantized_inputs(model.to(device), inputs):
+        yield model
 
 
-def check_levels(model: PreTrainedModel, bits: int, group_size: int) -> None:
+def _input_types(checkpoint: Path, device: torch.device) -> dict[str, QuantizedInput]:
+    """Layer -> how its input is quantized."""
+    scalars = dict(read_tensors(checkpoint, (".input_scale", ".input_global_scale")))
+    inputs = {}
+    for layer, scheme in read_manifest(checkpoint).schemes.items():
+        if scheme.activations is not None:
+            scalar = scalars.get(f"{layer}.{scheme.activations.static}")
+            scale = None if scalar is None else scalar.float().reshape(1).to(device)
+            inputs[layer] = QuantizedInput(scheme.activations, scale)
+    return inputs
+
+
+def check_levels(model: PreTrainedModel, bits: int, group_size: int | None) -> None:
     """Every linear layer of the blocks takes at most 2**bits distinct, finite values in each group of inputs.
 
     Raises:
@@ -52,9 +74,9 @@ def check_levels(model: PreTrainedModel, bits: int, group_size: int) -> None:
                 )
 
 
-def most_levels(weight: Tensor, group_size: int) -> int:
+def most_levels(weight: Tensor, group_size: int | None) -> int:
     """The greatest number of distinct values in a group of weight [N, K]."""
-    ordered = weight.unflatten(-1, (-1, group_size)).sort(-1).values
+    ordered = weight.unflatten(-1, (-1, group_size or weight.shape[1])).sort(-1).values
     return 1 + int((ordered.diff(dim=-1) != 0).sum(-1).max())
 
 

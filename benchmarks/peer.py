@@ -21,20 +21,32 @@ _DATASET = "benchmark-samples"
 
 @dataclass(frozen=True, slots=True)
 class PeerRun:
-    """What auto-round made of a model."""
+    """How auto-round got on."""
 
-    state: dict[str, Tensor]  # the model's state dict after quantization; quantized weights dequantized
-    seconds: float  # of everything after loading the model
+    seconds: float  # of everything after loading the model, writing the checkpoint included
     block_seconds: list[float]  # one a block, of its tuning and its forwards
 
 
 def run_auto_round(
-    model: Path, samples: Tensor, *, bits: int, group_size: int, recipe: Recipe, seed: int, device: torch.device
+    model: Path,
+    out: Path,
+    samples: Tensor,
+    *,
+    scheme: str,
+    group_size: int | None,
+    symmetric: bool,
+    recipe: Recipe,
+    seed: int,
+    device: torch.device,
 ) -> PeerRun:
-    """Quantize with auto-round's defaults, symmetric, on exactly ``samples`` [S, T].
+    """Quantize with auto-round's defaults, on exactly ``samples`` [S, T], into a checkpoint of its own format.
 
     The samples come as one of its registered data sets: that is the way its own data takes. A list of tensors would
     get a padding mask, which costs it the fast attention kernel and the positions that hold the padding token.
+
+    Args:
+        scheme: auto-round's name: W4A16, FP8_STATIC, NVFP4, MXFP4 ...
+        group_size: of integer weights; None: the scheme's own.
 
     Raises:
         RuntimeError: it calibrated on other tokens than ``samples``.
@@ -47,13 +59,13 @@ def run_auto_round(
     register_dataset(_DATASET)(lambda **_: _as_dataset(samples))
     network = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
     settings: dict[str, Any] = {} if recipe.lr is None else {"lr": recipe.lr}
+    if group_size is not None:
+        settings |= {"group_size": group_size, "sym": symmetric}
     begin = time.perf_counter()
     tuner = AutoRound(
         network,
         AutoTokenizer.from_pretrained(model),
-        scheme=f"W{bits}A16",
-        group_size=group_size,
-        sym=True,
+        scheme=scheme,
         iters=recipe.iters,
         batch_size=recipe.batch_size,
         nsamples=len(samples),
@@ -64,10 +76,10 @@ def run_auto_round(
         **settings,
     )
     with _tokens_seen(network) as seen, timed_calls(AlgorithmComposer, "compress_block", device) as block_seconds:
-        quantized, _ = tuner.quantize()
+        tuner.quantize_and_save(str(out), format="auto_round")
     seconds = time.perf_counter() - begin
     _check_tokens(torch.cat(seen), samples)
-    return PeerRun(quantized.state_dict(), seconds, block_seconds)
+    return PeerRun(seconds, block_seconds)
 
 
 @contextmanager

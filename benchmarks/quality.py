@@ -1,9 +1,11 @@
-"""Perplexity and word-problem accuracy of rounded and tuned checkpoints, ours beside auto-round's on the same tokens.
+"""Perplexity and word-problem accuracy of quantized checkpoints, ours beside auto-round's on the same tokens.
 
     python -m benchmarks.quality --model DIR --calib calib.jsonl.gz --heldout english.heldout.txt.gz \\
-        --problems-train word_problems.train.jsonl.gz --problems-test word_problems.test.jsonl.gz
+        --problems-train word_problems.train.jsonl.gz --problems-test word_problems.test.jsonl.gz \\
+        --schemes W4A16 W3A16 W2A16G64 FP8_STATIC NVFP4 MXFP4 --recipes rtn default
 
-Exit status 1 when a tuned checkpoint of ours misses --max-ppl or --min-accuracy.
+Every checkpoint is written, read back and judged as it is served: weights dequantized, activations quantized where the
+scheme says so. Exit status 1 when a checkpoint of ours misses --max-ppl or --min-accuracy.
 """
 
 from __future__ import annotations
@@ -24,10 +26,10 @@ from benchmarks.evaluation import (
     Problem,
     accuracy,
     check_levels,
-    load_model,
     perplexity,
     read_problems,
     read_windows,
+    served_model,
 )
 from benchmarks.peer import run_auto_round
 from benchmarks.provenance import RESULTS, write_result
@@ -35,19 +37,21 @@ from calibrate import calibrate
 from calibrate.config import RECIPES, Recipe
 from calibrate.data import load_samples
 from calibrate.plan import resolve_device
-from vllm_autoround.format.reader import dequantized_state_dict
+from vllm_autoround.format.scheme import QuantScheme
+from vllm_autoround.format.weights import Integer
 
 _WINDOW = 1024  # tokens
 _WINDOWS = 200
 _SHOTS = 5
+_PEER = Recipe(iters=200, batch_size=8)  # auto-round's default
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One line of the table."""
 
-    weights: str
-    bits: int
+    scheme: str
+    weights: str  # who made them
     seed: int | None = None
     ppl: float
     accuracy: float
@@ -59,7 +63,6 @@ class Contest:
     """What every contestant gets."""
 
     model: Path
-    group_size: int
     device: torch.device
     tokenizer: PreTrainedTokenizerBase
     windows: Tensor  # [W, T] token ids
@@ -67,63 +70,67 @@ class Contest:
     problems: list[Problem]
     batch_size: int  # problems generated at once
 
-    def judge(
-        self, weights: str, bits: int, seed: int | None, state: Mapping[str, Tensor] | None, seconds: float | None
-    ) -> Row:
-        """Evaluate the model with its weights replaced by ``state``, after checking that they are quantized."""
-        model = load_model(self.model, state, self.device)
-        if state is not None:
-            check_levels(model, bits, self.group_size)
-        row = Row(
-            weights=weights,
-            bits=bits,
-            seed=seed,
-            ppl=perplexity(model, self.windows),
-            accuracy=accuracy(model, self.tokenizer, self.examples, self.problems, batch_size=self.batch_size),
-            seconds=seconds,
-        )
+    def judge(self, scheme: str, weights: str, seed: int | None, checkpoint: Path | None, seconds: float | None) -> Row:
+        """Evaluate a checkpoint, after checking that its weights are what the scheme says; None: the model itself."""
+        with served_model(self.model, checkpoint, self.device) as model:
+            if checkpoint is not None:
+                kind = QuantScheme.parse(scheme).weights
+                if isinstance(kind, Integer):
+                    check_levels(model, kind.bits, kind.group_size)
+            row = Row(
+                scheme=scheme,
+                weights=weights,
+                seed=seed,
+                ppl=perplexity(model, self.windows),
+                accuracy=accuracy(model, self.tokenizer, self.examples, self.problems, batch_size=self.batch_size),
+                seconds=seconds,
+            )
         print(_line(row), file=sys.stderr, flush=True)
         return row
 
-    def ours(self, bits: int, seed: int, samples: Tensor, recipe: Recipe) -> tuple[dict[str, Tensor], float]:
-        """State dict of our checkpoint, and seconds."""
+    def ours(self, scheme: str, seed: int, samples: Tensor, name: str, recipe: Recipe) -> Row:
+        """A checkpoint of ours."""
         _forget()
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "checkpoint"
             report = calibrate(
                 self.model,
                 out,
-                scheme=f"W{bits}A16",
-                group_size=self.group_size,
+                scheme=scheme,
                 dataset=samples.tolist(),
                 device=str(self.device),
                 seed=seed,
                 **asdict(recipe),
             )
-            return dequantized_state_dict(out, torch.bfloat16), report["seconds"]
+            return self.judge(scheme, f"ours, {name}", seed, out, report["seconds"])
 
-    def peer(self, bits: int, seed: int, samples: Tensor, recipe: Recipe) -> tuple[dict[str, Tensor], float]:
-        """State dict of auto-round's result, and seconds."""
+    def peer(self, scheme: str, seed: int, samples: Tensor, iters: int) -> Row:
+        """A checkpoint of auto-round's."""
         _forget()
-        run = run_auto_round(
-            self.model,
-            samples,
-            bits=bits,
-            group_size=self.group_size,
-            recipe=recipe,
-            seed=seed,
-            device=self.device,
-        )
-        return run.state, run.seconds
+        kind = QuantScheme.parse(scheme).weights
+        integer = isinstance(kind, Integer)
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder)
+            run = run_auto_round(
+                self.model,
+                out,
+                samples,
+                scheme=f"W{kind.bits}A16" if integer else scheme,
+                group_size=(kind.group_size or -1) if integer else None,
+                symmetric=kind.symmetric,
+                recipe=replace(_PEER, iters=iters),
+                seed=seed,
+                device=self.device,
+            )
+            [checkpoint] = {path.parent for path in out.rglob("config.json")}
+            return self.judge(scheme, f"auto-round, {iters}", seed, checkpoint, run.seconds)
 
 
 def main() -> int:
     args = _parse()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    recipe = _recipe(args)
     contest = Contest(
         args.model,
-        args.group_size,
         resolve_device(args.device),
         tokenizer,
         read_windows(args.heldout, tokenizer, length=_WINDOW, count=min(args.limit or _WINDOWS, _WINDOWS)),
@@ -131,14 +138,14 @@ def main() -> int:
         read_problems(args.problems_test)[: args.limit],
         args.batch_size,
     )
-    rows = list(_rows(args, contest, recipe))
+    rows = list(_rows(args, contest))
     print(_table(rows))
     misses = list(_misses(rows, dict(args.max_ppl), dict(args.min_accuracy)))
     payload = {
         "protocol": {
             "model": args.model.name,
-            "group_size": args.group_size,
-            "tuning": asdict(recipe),
+            "recipes": {name: asdict(_recipe(args, name)) for name in args.recipes},
+            "peer": asdict(_PEER),
             "windows": list(contest.windows.shape),
             "problems": len(contest.problems),
             "shots": _SHOTS,
@@ -146,53 +153,68 @@ def main() -> int:
         "rows": [asdict(row) for row in rows],
         "misses": misses,
     }
-    print(f"\nwritten to {write_result('quality', payload, args.results)}")
+    print(f"\nwritten to {write_result(args.name, payload, args.results)}")
     for miss in misses:
         print(f"quality: {miss}", file=sys.stderr)
     return 1 if misses else 0
 
 
-def _rows(args: argparse.Namespace, contest: Contest, recipe: Recipe) -> Iterator[Row]:
-    yield contest.judge("bf16", 16, None, None, None)
-    contestants = {"ours": contest.ours, **({"peer": contest.peer} if args.peer else {})}
-    for bits in args.bits:
+def _rows(args: argparse.Namespace, contest: Contest) -> Iterator[Row]:
+    yield contest.judge("bf16", "original", None, None, None)
+    for scheme in args.schemes:
         for seed in args.seeds:
-            samples = load_samples(
-                str(args.calib), contest.tokenizer, seqlen=recipe.seqlen, nsamples=recipe.nsamples, seed=seed
-            )
-            for name, quantize in contestants.items():
-                if seed == args.seeds[0]:
-                    rtn = replace(recipe, iters=0, lr=None)
-                    yield contest.judge(f"{name}, rtn", bits, seed, *quantize(bits, seed, samples, rtn))
-                yield contest.judge(f"{name}, tuned", bits, seed, *quantize(bits, seed, samples, recipe))
+            for name in args.recipes:
+                if RECIPES[name].iters or seed == args.seeds[0]:  # without tuning the seed draws the samples only
+                    recipe = _recipe(args, name)
+                    yield contest.ours(scheme, seed, _samples(args, contest, seed, recipe), name, recipe)
+            for iters in args.peer_iters:
+                if iters or seed == args.seeds[0]:
+                    samples = _samples(args, contest, seed, replace(_PEER, nsamples=args.nsamples))
+                    yield contest.peer(scheme, seed, samples, iters)
 
 
-def _misses(rows: list[Row], max_ppl: Mapping[int, float], min_accuracy: Mapping[int, float]) -> Iterator[str]:
-    """A line for every limit that a tuned checkpoint of ours misses, or that no row was measured for."""
-    tuned = [row for row in rows if row.weights == "ours, tuned"]
-    for row in tuned:
-        if not row.ppl <= max_ppl.get(row.bits, float("inf")):
-            yield f"W{row.bits}, seed {row.seed}: perplexity {row.ppl:.3f} is above the limit {max_ppl[row.bits]}"
-        if row.accuracy < min_accuracy.get(row.bits, 0.0):
-            yield f"W{row.bits}, seed {row.seed}: accuracy {row.accuracy:.3f} is below {min_accuracy[row.bits]}"
-    for bits in sorted({*max_ppl, *min_accuracy} - {row.bits for row in tuned}):
-        yield f"W{bits} has a limit but was not measured; add it to --bits"
+def _samples(args: argparse.Namespace, contest: Contest, seed: int, recipe: Recipe) -> Tensor:
+    """[S, T] token ids; S is the recipe's where that is more than --nsamples."""
+    return load_samples(
+        str(args.calib),
+        contest.tokenizer,
+        seqlen=args.seqlen,
+        nsamples=recipe.nsamples,
+        seed=seed,
+        vocabulary=len(contest.tokenizer),
+    )
+
+
+def _recipe(args: argparse.Namespace, name: str) -> Recipe:
+    recipe = RECIPES[name]
+    nsamples = args.nsamples if recipe.nsamples == 128 else max(args.nsamples, recipe.nsamples)
+    return replace(recipe, nsamples=nsamples, seqlen=args.seqlen)
+
+
+def _misses(rows: list[Row], max_ppl: Mapping[str, float], min_accuracy: Mapping[str, float]) -> Iterator[str]:
+    """A line for every limit on the last recipe's mean over seeds that is missed, or that no row was measured for."""
+    last = next(row.weights for row in reversed(rows) if row.weights.startswith("ours"))
+    for limits, value_of, missed in (
+        (max_ppl, lambda row: row.ppl, lambda value, limit: value > limit),
+        (min_accuracy, lambda row: row.accuracy, lambda value, limit: value < limit),
+    ):
+        for scheme, limit in limits.items():
+            values = [value_of(row) for row in rows if row.scheme == scheme and row.weights == last]
+            if not values:
+                yield f"{scheme} has a limit but was not measured; add it to --schemes"
+            elif missed(mean := sum(values) / len(values), limit):
+                yield f"{scheme}, {last}: {mean:.3f} misses the limit {limit}"
 
 
 def _table(rows: list[Row]) -> str:
-    head = f"{'weights':<14}{'bits':>5}{'seed':>6}{'ppl':>9}{'accuracy':>10}{'seconds':>9}"
+    head = f"{'scheme':<14}{'weights':<18}{'seed':>6}{'ppl':>9}{'accuracy':>10}{'seconds':>9}"
     return "\n".join([head, *map(_line, rows)])
 
 
 def _line(row: Row) -> str:
     seed = "-" if row.seed is None else row.seed
     seconds = "-" if row.seconds is None else f"{row.seconds:.1f}"
-    return f"{row.weights:<14}{row.bits:>5}{seed:>6}{row.ppl:>9.3f}{row.accuracy:>10.3f}{seconds:>9}"
-
-
-def _recipe(args: argparse.Namespace) -> Recipe:
-    recipe = replace(RECIPES[args.recipe], nsamples=args.nsamples, seqlen=args.seqlen)
-    return recipe if args.iters is None else replace(recipe, iters=args.iters)
+    return f"{row.scheme:<14}{row.weights:<18}{seed:>6}{row.ppl:>9.3f}{row.accuracy:>10.3f}{seconds:>9}"
 
 
 def _forget() -> None:
@@ -203,10 +225,10 @@ def _forget() -> None:
         torch.cuda.empty_cache()
 
 
-def _limit(text: str) -> tuple[int, float]:
-    """``"4:32.2"`` -> (4, 32.2)."""
-    bits, _, limit = text.partition(":")
-    return int(bits), float(limit)
+def _limit(text: str) -> tuple[str, float]:
+    """``"W4A16:32.2"`` -> ("W4A16", 32.2)."""
+    scheme, _, limit = text.partition(":")
+    return scheme, float(limit)
 
 
 def _parse() -> argparse.Namespace:
@@ -217,26 +239,26 @@ def _parse() -> argparse.Namespace:
     what.add_argument("--heldout", type=Path, required=True, metavar="FILE", help=".txt.gz for the perplexity")
     what.add_argument("--problems-train", type=Path, required=True, metavar="FILE", help="examples, GSM8K's format")
     what.add_argument("--problems-test", type=Path, required=True, metavar="FILE", help="problems, GSM8K's format")
-    what.add_argument("--bits", type=int, nargs="+", default=[4, 3], help="default: 4 3")
-    what.add_argument("--group-size", type=int, default=128, metavar="G", help="default: %(default)s")
+    what.add_argument("--schemes", nargs="+", default=["W4A16", "W3A16"], help="default: W4A16 W3A16")
+    what.add_argument("--recipes", nargs="+", default=["rtn", "default"], choices=RECIPES, help="default: rtn default")
+    what.add_argument(
+        "--peer-iters", type=int, nargs="*", default=[0, 200], metavar="N", help="of auto-round; none: skip it"
+    )
+    what.add_argument("--seeds", type=int, nargs="+", default=[42], help="one tuned checkpoint each (default: 42)")
     what.add_argument("--limit", type=int, metavar="N", help="at most N windows and N problems: a smoke run")
-    what.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True, help="measure auto-round too")
-    how = parser.add_argument_group("how to quantize")
-    how.add_argument("--recipe", default="autoround", choices=RECIPES, help="default: %(default)s")
-    how.add_argument("--iters", type=int, metavar="N", help="steps a block (default: recipe)")
-    how.add_argument("--nsamples", type=int, default=128, metavar="N", help="default: %(default)s")
+    how = parser.add_argument_group("how")
+    how.add_argument("--nsamples", type=int, default=128, metavar="N", help="at least (default: %(default)s)")
     how.add_argument("--seqlen", type=int, default=1024, metavar="N", help="tokens a sample (default: %(default)s)")
-    how.add_argument("--seeds", type=int, nargs="+", default=[42], help="one tuned checkpoint each (default: 42)")
     how.add_argument("--device", default="auto", help="default: %(default)s")
     how.add_argument("--batch-size", type=int, default=250, metavar="N", help="problems at once (default: %(default)s)")
-    demand = parser.add_argument_group("what to demand of our tuned checkpoints")
-    demand.add_argument("--max-ppl", type=_limit, nargs="+", default=[], metavar="BITS:PPL", help="e.g. 4:32.2 3:34.2")
-    demand.add_argument("--min-accuracy", type=_limit, nargs="+", default=[], metavar="BITS:SHARE", help="e.g. 3:.98")
+    demand = parser.add_argument_group("what to demand of the last of our recipes, in the mean over the seeds")
+    demand.add_argument("--max-ppl", type=_limit, nargs="+", default=[], metavar="SCHEME:PPL", help="e.g. W4A16:32.2")
+    demand.add_argument(
+        "--min-accuracy", type=_limit, nargs="+", default=[], metavar="SCHEME:SHARE", help="e.g. W3A16:.98"
+    )
+    parser.add_argument("--name", default="quality", help="of the result file (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
-    args = parser.parse_args()
-    if args.iters == 0 or (args.iters is None and not RECIPES[args.recipe].iters):
-        parser.error("the tuned rows need steps; rounding to nearest is measured anyway")
-    return args
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
