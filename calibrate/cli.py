@@ -211,10 +211,10 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _calibrate(args: argparse.Namespace) -> int:
+    from calibrate.chain import NonFiniteError
     from calibrate.inspection import inspect_checkpoint, inspection_table
     from calibrate.layer_config import parse_layer_rule, read_layer_config
     from calibrate.pipeline import calibrate
-    from calibrate.tuning import NonFiniteError
 
     apart = ("command", "model", "out", "layer", "layer_config")
     settings = {key: value for key, value in vars(args).items() if key not in apart}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from calibrate.tuning import NonFiniteError
+from calibrate.chain import NonFiniteError
 
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max  # 448
 _OBSERVER = "autoround_observer"

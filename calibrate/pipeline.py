@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from calibrate.activations import observe_inputs, quantized_inputs, quantized_inputs_of
-from calibrate.blocks import Block, capture_inputs, move_arguments, to_device
+from calibrate.activations import observe_inputs, quantized_inputs_of
+from calibrate.blocks import Block, capture_inputs
+from calibrate.chain import NonFiniteError, advance, relative_distance
 from calibrate.checkpoint import CheckpointWriter
 from calibrate.config import CalibrationConfig
 from calibrate.inspection import inspect_checkpoint
@@ -22,16 +23,10 @@ from calibrate.outside import quantize_embedding, quantize_heads, replaced_weigh
 from calibrate.plan import Plan, make_plan
 from calibrate.report import BlockReport, Stopwatch, decibels, environment, peak_memory, progress_bars, summary_table
 from calibrate.source import load_source
+from calibrate.steps import Loss
 from calibrate.tail import ModelTail
-from calibrate.tuning import (
-    Loss,
-    NonFiniteError,
-    TunedBlock,
-    advance,
-    mean_squared_error,
-    relative_distance,
-    tune_block,
-)
+from calibrate.tuning import TunedBlock, mean_squared_error, tune_block
+from calibrate.workbench import Workbench, WorkingBlock
 from vllm_autoround.format.weights import QuantizedWeight
 
 
@@ -55,6 +50,7 @@ def calibrate(model: str | Path, out: str | Path, **settings: Any) -> dict[str, 
     plan = make_plan(source, Path(out), config)
     outside = quantize_embedding(source.model, plan, config)
     original, quantized, arguments = _block_inputs(source.model, plan, outside)
+    bench = Workbench(plan.device, plan.compute_dtype)
 
     with (
         CheckpointWriter(plan.out, source, plan.blocks, config.formats) as writer,
@@ -71,7 +67,15 @@ def calibrate(model: str | Path, out: str | Path, **settings: Any) -> dict[str, 
                     else mean_squared_error
                 )
                 tuned, scales = _calibrate_block(
-                    index, block, arguments[index], original, quantized, plan, config, progress.step, loss
+                    index,
+                    block,
+                    bench.load(block, arguments[index]),
+                    original,
+                    quantized,
+                    plan,
+                    config,
+                    progress.step,
+                    loss,
                 )
             except NonFiniteError as error:
                 raise NonFiniteError(f"{block.name}: {error}") from error
@@ -130,7 +134,7 @@ def _block_inputs(
 def _calibrate_block(
     index: int,
     block: Block,
-    arguments: dict[str, Any],
+    working: WorkingBlock,
     original: Tensor,
     quantized: Tensor,
     plan: Plan,
@@ -138,21 +142,18 @@ def _calibrate_block(
     on_step: Callable[[], None],
     loss: Loss,
 ) -> tuple[TunedBlock, dict[str, Tensor]]:
-    """Tune one block and advance both chains, [S, T, H], through it in place; its activation and KV scales beside it."""
-    arguments, schemes = move_arguments(arguments, plan.device), plan.schemes(block)
-    module = to_device(block, plan.device, plan.compute_dtype)
-    advance(module, original, arguments)
+    """Tune one block and advance both chains, [S, T, H], through it, in place; with its activation and KV scales."""
+    schemes = plan.schemes(block)
+    advance(working.module, original, working.arguments)
     # On the quantized chain: what the layers will be fed when they are served.
-    statistics = observe_inputs(module, schemes, quantized, arguments)
+    statistics = observe_inputs(working.module, schemes, quantized, working.arguments)
     inputs = quantized_inputs_of(schemes, statistics)
-    with quantized_inputs(module, inputs):
+    with working.quantized_inputs(inputs):
         tuned = tune_block(
-            module,
-            block.module,
+            working,
             schemes,
             quantized,
             original,
-            arguments,
             recipe=config.tuning,
             statistics=statistics,
             accumulate=config.gradient_accumulate_steps,
@@ -160,7 +161,7 @@ def _calibrate_block(
             on_step=on_step,
             loss=loss,
         )
-        scales = _advance_quantized(module, quantized, arguments, block.name, plan)
+        scales = _advance_quantized(working.module, quantized, working.arguments, block.name, plan)
     scales |= {
         f"{block.name}.{name}.{made.type.static}": made.scale.cpu()
         for name, made in inputs.items()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from calibrate.tuning import LayerReport
+from calibrate.layer_state import LayerReport
 
 _PACKAGES = (
     *("vllm-autoround", "torch", "transformers", "compressed-tensors", "safetensors", "tokenizers", "datasets"),

@@ -6,12 +6,12 @@ far from the best one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import product
 
 import torch
 from torch import Tensor
 
+from calibrate.compilation import compiled
 from calibrate.rounding import Rounding, Target, group_errors
 from vllm_autoround.format.weights import Bounds
 
@@ -19,10 +19,8 @@ _SYMMETRIC = torch.linspace(0.4, 1.2, 65).tolist()
 _ASYMMETRIC = torch.linspace(0.4, 1.1, 22).tolist()
 MOST_CLIP = 2.0  # tuning may widen the range again
 
-Errors = Callable[[Target, Rounding, Tensor], Tensor]
 
-
-def search_scales(target: Target, importance: Tensor, errors: Errors = group_errors) -> tuple[Target, Rounding]:
+def search_scales(target: Target, importance: Tensor) -> tuple[Target, Rounding]:
     """The target with the bounds that the clips are relative to, and the best clips.
 
     The bounds of a symmetric type become +-amax, one of which has a clip of 0 and stays out of it: which of the two
@@ -30,7 +28,6 @@ def search_scales(target: Target, importance: Tensor, errors: Errors = group_err
 
     Args:
         importance: [K] of the input features: the sum of their squares over the calibration data.
-        errors: `group_errors`, or its compiled form.
     """
     if target.type.one_scale:
         return target, Rounding.nearest(target)
@@ -43,6 +40,7 @@ def search_scales(target: Target, importance: Tensor, errors: Errors = group_err
     else:
         candidates = list(product(_ASYMMETRIC, _ASYMMETRIC))
 
+    errors = group_errors if target.weight.device.type == "cpu" else compiled(group_errors)
     ones = torch.ones_like(target.bounds.low)
     best, least = Rounding.nearest(target, ones, ones), torch.full_like(ones, float("inf"))
     for low_clip, high_clip in candidates:

@@ -36,7 +36,10 @@ class ModelTail:
         """Mean over tokens of KL(original || quantized): hidden states [B, T, H] of both -> scalar float32."""
         parts = zip(self._slices(output), self._slices(target), strict=True)
         # Checkpointed, so that only one part's logits exist, forward and backward.
-        sums = [checkpoint(self._divergence, mine, theirs, use_reentrant=False) for mine, theirs in parts]
+        sums = [
+            checkpoint(self._divergence, mine, theirs, use_reentrant=False, preserve_rng_state=False)
+            for mine, theirs in parts
+        ]
         return torch.stack(sums).sum() / output.shape[:-1].numel()
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -45,7 +48,9 @@ class ModelTail:
         try:
             # The ids are never looked at: the first stand-in replaces what they were embedded to.
             ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-            return cast(Tensor, self.model(input_ids=ids, use_cache=False).logits)[0].float()
+            # Of four dimensions, it counts as made already: nothing makes one for blocks that are not there.
+            mask = torch.zeros(1, 1, 1, 1, device=hidden.device)
+            return cast(Tensor, self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits)[0].float()
         finally:
             self._entry.hidden = None
 

@@ -15,11 +15,11 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 
 from calibrate import CalibrationError, calibrate
+from calibrate.chain import NonFiniteError
 from calibrate.checkpoint import CheckpointWriter
 from calibrate.cli import main
 from calibrate.inspection import inspect_checkpoint
 from calibrate.source import load_source
-from calibrate.tuning import NonFiniteError
 from tests.calibrate.conftest import COMMON, make_model
 from tests.conftest import DEMO_MODEL, DEMO_SETTINGS, REPOSITORY
 from vllm_autoround.format.reader import dequantized_state_dict, read_manifest, tensor_files

@@ -4,7 +4,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibrate.rounding import Rounding, Target, fake_quantize, freeze, gradients, group_errors, sign_step, targets
+from calibrate.rounding import (
+    MOST_OFFSET,
+    OFFSET_UNIT,
+    Gradients,
+    Rounding,
+    Target,
+    fake_quantize,
+    freeze,
+    gradients,
+    group_errors,
+    ordered_sum,
+    sign_step,
+    targets,
+)
 from calibrate.scale_search import search_scales
 from vllm_autoround.format.grids import E2M1, E4M3, FloatGrid
 from vllm_autoround.format.scheme import NAMED_SCHEMES, QuantScheme
@@ -36,11 +49,11 @@ def nearest(x: Tensor, grid: FloatGrid) -> Tensor:
     return values[(x[..., None] - values).abs().argmin(-1)]
 
 
-def peer_fake_quantize(target: Target, rounding: Rounding) -> Tensor:
+def peer_fake_quantize(target: Target, offset: Tensor, low_clip: Tensor, high_clip: Tensor) -> Tensor:
     """SignRound as the formulas state it, for autograd (float32 scales)."""
     kind, tile = target.type, target.tile
-    low, high = target.bounds.low * rounding.low_clip, target.bounds.high * rounding.high_clip
-    w, v = tile.split(target.weight), tile.split(rounding.offset)
+    low, high = target.bounds.low * low_clip, target.bounds.high * high_clip
+    w, v = tile.split(target.weight), tile.split(offset)
     if isinstance(kind, Integer):
         s = torch.where(high >= -low, high, low) / -(2 ** (kind.bits - 1))
         if kind.symmetric:
@@ -76,7 +89,7 @@ def state(kind: WeightType, dtype: torch.dtype = torch.float32) -> tuple[Target,
     rows = 128 if isinstance(kind, Float8) else 24
     [target] = targets([torch.randn(rows, 128).to(dtype)], kind)
     rounding = Rounding.nearest(target).clone()
-    rounding.offset.uniform_(-0.5, 0.5)
+    rounding.offset.random_(-(1 << 14), 1 << 14)
     rounding.low_clip.uniform_(0.5, 1)
     rounding.high_clip.uniform_(0.5, 1)
     return target, rounding
@@ -85,10 +98,10 @@ def state(kind: WeightType, dtype: torch.dtype = torch.float32) -> tuple[Target,
 @pytest.mark.parametrize("kind", TYPES, ids=str)
 def test_gradients_equal_autograd_through_straight_through_rounding(kind: WeightType) -> None:
     target, rounding = state(kind)
-    values = (rounding.offset, rounding.low_clip, rounding.high_clip)
+    values = (rounding.offset * OFFSET_UNIT, rounding.low_clip.clone(), rounding.high_clip.clone())
     for value in values:
         value.requires_grad_(True)
-    out = peer_fake_quantize(target, rounding)
+    out = peer_fake_quantize(target, *values)
     torch.testing.assert_close(out, fake_quantize(target, rounding))
     grad = torch.randn_like(out)
     expected = torch.autograd.grad(out, values, grad, allow_unused=True)
@@ -127,24 +140,63 @@ def test_the_start_is_rounding_to_nearest(kind: WeightType) -> None:
     assert torch.equal(freeze(target, Rounding.nearest(target)).dequantize(), quantize(weight, kind).dequantize())
 
 
-def test_clips_stay_in_range_and_the_offset_does_not() -> None:
+def step(
+    target: Target,
+    rounding: Rounding,
+    grad: Tensor,
+    rate: tuple[float, float],
+    means: Gradients | None = None,
+    momentum: float = 0.0,
+) -> bool:
+    """One step; whether the gradient was finite."""
+    finite, out = torch.tensor(True), torch.empty_like(target.weight)
+    sign_step(target, rounding, means, grad, torch.tensor(rate), out, finite, momentum=momentum)
+    assert torch.equal(out, fake_quantize(target, rounding))
+    return bool(finite)
+
+
+def test_clips_and_offsets_stay_in_range() -> None:
     target, rounding = state(TYPES[0])
     for _ in range(5):
-        sign_step(target, rounding, None, torch.randn(24, 128), torch.tensor(0.4))
-    assert 0 <= rounding.low_clip.min()
+        assert step(target, rounding, torch.ones(24, 128), (20_000, 0.4))
+    assert rounding.low_clip.min() >= 0
     assert rounding.high_clip.max() <= 1
-    assert rounding.offset.abs().max() > 0.5
+    assert rounding.offset.int().abs().max() == MOST_OFFSET
+
+
+def test_a_step_moves_every_offset_by_the_rate_against_its_gradient() -> None:
+    target, rounding = state(TYPES[0])
+    before, grad = rounding.offset.clone(), torch.randn(24, 128)
+    slope = gradients(target, rounding, grad).offset
+    step(target, rounding, grad, (163, 0.1))
+    assert torch.equal(before.int() - rounding.offset.int(), (163 * slope.sign()).int())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TYPES if not kind.one_scale], ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_is_noticed(kind: WeightType, bad: float) -> None:
+    target, rounding = state(kind)
+    grad = torch.randn(target.weight.shape)
+    assert step(target, rounding, grad, (163, 0.1))
+    grad[5, 77] = bad
+    assert not step(target, rounding, grad, (163, 0.1))
 
 
 def test_momentum_follows_the_mean_of_the_gradients_and_not_the_last_one() -> None:
     target, rounding = state(TYPES[0])
-    means, before = rounding.zeros(), rounding.offset.clone()
+    means, before = Gradients.means(rounding), rounding.offset.clone()
     steady = torch.full((24, 128), 1.0)
     for grad in (steady, steady, -0.5 * steady):
-        sign_step(target, rounding, means, grad, torch.tensor(0.01), momentum=0.7)
+        step(target, rounding, grad, (300, 0.01), means, momentum=0.7)
     # 0.3, 0.51 and 0.207 times the first gradient: never against it, as the last gradient alone would be.
-    moved = (rounding.offset - before)[gradients(target, rounding, steady).offset != 0].abs()
-    assert moved.median() == pytest.approx(0.03, abs=1e-6)
+    moved = (rounding.offset.int() - before).abs()[gradients(target, rounding, steady).offset != 0]
+    assert moved.median() == 900
+
+
+@pytest.mark.parametrize("columns", [1, 16, 96, 128, 5000])
+def test_ordered_sums_are_sums(columns: int) -> None:
+    tiles = torch.randn(3, 1, 5, columns)
+    torch.testing.assert_close(ordered_sum(tiles), tiles.sum((1, 3)), rtol=1e-4, atol=1e-4)
 
 
 def test_layers_that_are_fused_share_what_is_one_number_a_layer() -> None:
@@ -161,7 +213,7 @@ def test_layers_that_are_fused_share_what_is_one_number_a_layer() -> None:
 def test_a_scale_that_is_shared_is_not_tuned() -> None:
     target, rounding = state(Float8(strategy="tensor"))
     before = rounding.high_clip.clone()
-    sign_step(target, rounding, None, torch.randn(128, 128), torch.tensor(0.1))
+    step(target, rounding, torch.randn(128, 128), (163, 0.1))
     assert torch.equal(rounding.high_clip, before)
 
 

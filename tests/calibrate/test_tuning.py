@@ -7,10 +7,13 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
-from calibrate.activations import observe_inputs, quantized_inputs, quantized_inputs_of
-from calibrate.blocks import capture_inputs, find_blocks, run_block, to_device
+from calibrate.activations import observe_inputs, quantized_inputs_of
+from calibrate.blocks import capture_inputs, find_blocks, run_block
+from calibrate.chain import NonFiniteError, advance, relative_distance
 from calibrate.config import Recipe
-from calibrate.tuning import NonFiniteError, TunedBlock, _minibatches, advance, relative_distance, tune_block
+from calibrate.rounding import OFFSET_UNIT
+from calibrate.tuning import TunedBlock, _order, _rates, tune_block
+from calibrate.workbench import Workbench
 from tests.calibrate.conftest import COMMON, make_model
 from vllm_autoround.format.scheme import QuantScheme
 
@@ -24,19 +27,18 @@ def tune(
     model = make_model(tf.LlamaConfig(**COMMON)).bfloat16()
     blocks = find_blocks(model)
     captured = capture_inputs(model, blocks, SAMPLES, torch.float32)
-    block, arguments = to_device(blocks[0], torch.device("cpu"), torch.float32), captured.arguments[0]
+    working = Workbench(torch.device("cpu"), torch.float32).load(blocks[0], captured.arguments[0])
+    block, arguments = working.module, working.arguments
     inputs, targets = captured.hidden.clone(), captured.hidden.clone()
     advance(block, targets, arguments)
     schemes = dict.fromkeys(blocks[0].linears(), QuantScheme.parse(scheme))
     statistics = observe_inputs(block, schemes, inputs, arguments)
-    with quantized_inputs(block, quantized_inputs_of(schemes, statistics)):
+    with working.quantized_inputs(quantized_inputs_of(schemes, statistics)):
         tuned = tune_block(
-            block,
-            blocks[0].module,
+            working,
             schemes,
             inputs,
             targets,
-            arguments,
             recipe=replace(recipe, iters=iters, batch_size=batch),
             statistics=statistics,
             accumulate=accumulate,
@@ -92,9 +94,18 @@ def test_accumulated_batches_equal_one_large_batch() -> None:
 
 
 def test_every_sample_comes_once_before_any_comes_again() -> None:
-    batches = _minibatches(10, 4, torch.Generator().manual_seed(0))
-    drawn = torch.cat([next(batches) for _ in range(5)]).tolist()
+    drawn = _order(10, (5, 1, 4), torch.Generator().manual_seed(0)).flatten().tolist()
     assert sorted(drawn[:10]) == sorted(drawn[10:20]) == list(range(10))
+
+
+@pytest.mark.parametrize("iters", [1, 50, 200, 1000])
+def test_rates_are_whole_units_and_their_sum_is_that_of_the_schedule(iters: int) -> None:
+    recipe = replace(PLAIN, iters=iters, scale_lr=0.5)
+    offsets, clips = _rates(recipe).double().unbind(1)
+    exact = torch.tensor([recipe.learning_rate(step) for step in range(iters)]).double()
+    assert torch.equal(offsets, offsets.round())
+    assert ((offsets.cumsum(0) * OFFSET_UNIT - exact.cumsum(0)).abs() <= 0.51 * OFFSET_UNIT).all()
+    torch.testing.assert_close(clips, 0.5 * exact, rtol=1e-6, atol=1e-9)
 
 
 def test_an_output_that_is_not_finite_names_the_layer() -> None:

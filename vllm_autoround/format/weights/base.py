@@ -245,6 +245,11 @@ def away_from_zero(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(scale < 0, scale.clamp(max=-MIN_SCALE), scale.clamp(min=MIN_SCALE)).to(dtype).float()
 
 
+def quotient(x: Tensor, divisor: float) -> Tensor:
+    """x / divisor, correctly rounded; by a Python number, torch multiplies by its reciprocal on a GPU."""
+    return x / torch.full((), divisor, dtype=x.dtype, device=x.device)
+
+
 def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     """``tensor``, if it has that shape.
 

@@ -16,6 +16,7 @@ from vllm_autoround.format.weights.base import (
     Tile,
     WeightType,
     away_from_zero,
+    quotient,
     require_shape,
 )
 
@@ -50,7 +51,7 @@ class Float8(WeightType):
     def scale_and_zero_point(
         self, low: Tensor, high: Tensor, dtype: torch.dtype, global_scale: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        return away_from_zero(torch.maximum(-low, high) / E4M3.highest, dtype), None
+        return away_from_zero(quotient(torch.maximum(-low, high), E4M3.highest), dtype), None
 
     def round(self, x: Tensor, zero: Tensor | float) -> Tensor:
         return E4M3.round(x)

@@ -23,6 +23,7 @@ from vllm_autoround.format.weights.base import (
     Tile,
     WeightType,
     away_from_zero,
+    quotient,
     require_shape,
 )
 
@@ -78,7 +79,7 @@ class Integer(WeightType):
     ) -> tuple[Tensor, Tensor | None]:
         if self.symmetric:
             return away_from_zero(torch.where(high >= -low, high, low) / -self.zero, dtype), None
-        scale = away_from_zero((high - low) / self.max_code, dtype)
+        scale = away_from_zero(quotient(high - low, self.max_code), dtype)
         # Rounding the scale down may push the zero point past the last code; hence the clamp.
         return scale, torch.round(-low / scale).clamp(0, self.max_code)
 

@@ -21,6 +21,7 @@ from vllm_autoround.format.weights.base import (
     TensorSpec,
     Tile,
     WeightType,
+    quotient,
     require_multiple,
     require_shape,
 )
@@ -57,7 +58,9 @@ class NvFp4(WeightType):
         self, low: Tensor, high: Tensor, dtype: torch.dtype, global_scale: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         assert global_scale is not None
-        scale = E4M3.round(torch.maximum(-low, high) * (global_scale / E2M1.highest)).clamp(min=_LEAST_SCALE)
+        # In this order, which decides ties as compressed-tensors does.
+        amax = torch.maximum(-low, high)
+        scale = E4M3.round(global_scale * quotient(amax, E2M1.highest)).clamp(min=_LEAST_SCALE)
         return scale / global_scale, None
 
     def round(self, x: Tensor, zero: Tensor | float) -> Tensor:

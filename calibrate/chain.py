@@ -1,0 +1,74 @@
+"""Running a block over every sample without gradients: the two chains of hidden states, and errors between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calibrate.blocks import run_block, token_parts
+
+
+class NonFiniteError(RuntimeError):
+    """NaN or infinity where there must be a number; names the layer."""
+
+
+@torch.no_grad()
+def advance(block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> None:
+    """Replace the block's input [S, T, H] by its output, in place, in large batches.
+
+    Raises:
+        NonFiniteError: an output that is not finite; names the first layer that made one.
+    """
+    device = next(block.parameters()).device
+    for part in token_parts(hidden):
+        inputs = part.to(device)
+        output = run_block(block, inputs, arguments)
+        if not output.isfinite().all():
+            raise NonFiniteError(f"{first_non_finite(block, inputs, arguments)} gives a value that is not finite")
+        part.copy_(output)
+
+
+@torch.no_grad()
+def relative_error(block: nn.Module, inputs: Tensor, targets: Tensor, arguments: dict[str, Any]) -> float:
+    """`relative_distance` of the block's outputs for inputs [S, T, H] from targets [S, T, H]."""
+    device = next(block.parameters()).device
+    outputs = (run_block(block, part.to(device), arguments) for part in token_parts(inputs))
+    return _relative_distance(outputs, token_parts(targets))
+
+
+def relative_distance(hidden: Tensor, reference: Tensor) -> float:
+    """Squared distance of [S, T, H] from a reference over the reference's squared norm, in float64."""
+    return _relative_distance(token_parts(hidden), token_parts(reference))
+
+
+@torch.no_grad()
+def first_non_finite(block: nn.Module, inputs: Tensor, arguments: dict[str, Any]) -> str:
+    """Name of the first leaf module of ``block`` whose output for ``inputs`` [B, T, H] is not finite."""
+    culprits: list[str] = []
+    hooks = [
+        module.register_forward_hook(
+            lambda _module, _args, out, name=name: (
+                None if not isinstance(out, Tensor) or out.isfinite().all() else culprits.append(name)
+            )
+        )
+        for name, module in block.named_modules()
+        if not any(module.children())
+    ]
+    try:
+        run_block(block, inputs, arguments)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return culprits[0] if culprits else "the block's own arithmetic"
+
+
+def _relative_distance(parts: Iterable[Tensor], references: Iterable[Tensor]) -> float:
+    error = norm = 0.0
+    for part, reference in zip(parts, references, strict=True):
+        expected = reference.to(part.device).float()
+        error += (part.float() - expected).square().sum(dtype=torch.float64).item()
+        norm += expected.square().sum(dtype=torch.float64).item()
+    return error / norm if error else 0.0

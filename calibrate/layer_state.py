@@ -1,0 +1,119 @@
+"""One linear layer under tuning: its target, its rounding, and the quantizer that moves one towards the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from calibrate.chain import NonFiniteError
+from calibrate.compilation import compiled
+from calibrate.rounding import Gradients, Rounding, Target, fake_quantize, freeze, sign_step
+from vllm_autoround.format.weights import QuantizedWeight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerReport:
+    """What tuning did to one layer."""
+
+    weight_error: float  # squared error of the dequantized weight over the squared weight
+    moved: float  # share of the values that differ from where tuning started
+    scale_min: float
+    scale_max: float
+
+
+class LayerState:
+    """A layer's trainable values, in memory that stays where it is while layer after layer is loaded into it."""
+
+    def __init__(self, module: nn.Linear, target: Target, start: Rounding, momentum: float, most_clip: float) -> None:
+        """Take over the tensors of ``target``; see `load` for the rest."""
+        self.module = module
+        self.target = target
+        self.rounding = start.clone()
+        self.means = Gradients.means(self.rounding) if momentum else None
+        self.finite = torch.ones((), dtype=torch.bool, device=target.weight.device)  # every gradient so far was
+        self._start = start
+        self._step, self._install = _quantizer(target, momentum, most_clip)
+
+    @torch.no_grad()
+    def load(self, target: Target, start: Rounding) -> None:
+        """Begin another layer of the same type and shape, whose weight is in place already."""
+        for mine, new in zip(self.target.bounds, target.bounds, strict=True):
+            mine.copy_(new)
+        if self.target.global_scale is not None:
+            self.target.global_scale.copy_(cast(Tensor, target.global_scale))
+        self._start = start
+        self.restart()
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Back to the start, in the module too."""
+        self.rounding.offset.copy_(self._start.offset)
+        self.rounding.low_clip.copy_(self._start.low_clip)
+        self.rounding.high_clip.copy_(self._start.high_clip)
+        if self.means is not None:
+            for mean in (self.means.offset, self.means.low_clip, self.means.high_clip):
+                mean.zero_()
+        self.finite.fill_(True)
+        self._install(self.target, self.rounding, self.module.weight)
+
+    @torch.no_grad()
+    def step(self, rate: Tensor) -> None:
+        """One step of sign descent from the gradient of the module's weight; see `sign_step`."""
+        weight = self.module.weight
+        grad = cast(Tensor, weight.grad)
+        self._step(self.target, self.rounding, self.means, grad, rate, weight.data, self.finite)
+
+    @torch.no_grad()
+    def finish(self, name: str) -> QuantizedWeight:
+        """The layer as it goes to disk, and, rounded as it is served, into the module.
+
+        Raises:
+            NonFiniteError: a gradient or a scale that is not finite.
+        """
+        if not self.finite:
+            raise NonFiniteError(f"{name}: a gradient is not finite")
+        weight = freeze(self.target, self.rounding)
+        dequantized = weight.dequantize()
+        if not dequantized.isfinite().all():
+            raise NonFiniteError(f"{name}: a scale is not finite in {weight.scale.dtype}")
+        self.module.weight.copy_(dequantized.to(self.target.weight.dtype))
+        return weight
+
+    @torch.no_grad()
+    def report(self, weight: QuantizedWeight) -> LayerReport:
+        """What tuning did, given what `finish` returned."""
+        original, dequantized = self.target.weight.float(), weight.dequantize()
+        start, kind = freeze(self.target, self._start), weight.type
+        scale = kind.acting_scale(weight.scale, weight.global_scale)
+        return LayerReport(
+            weight_error=((dequantized - original).square().sum() / original.square().sum()).item(),
+            moved=(kind.decode(weight.codes) != kind.decode(start.codes)).float().mean().item(),
+            scale_min=scale.min().item(),
+            scale_max=scale.max().item(),
+        )
+
+
+_Step = Callable[[Target, Rounding, Gradients | None, Tensor, Tensor, Tensor, Tensor], None]
+_Install = Callable[[Target, Rounding, Tensor], None]
+
+
+def _quantizer(target: Target, momentum: float, most_clip: float) -> tuple[_Step, _Install]:
+    """The update and the fake quantizer: on a GPU one kernel each, or else compiled; on the CPU as they are written."""
+    step, install = sign_step, _install
+    if target.weight.device.type == "cuda":
+        from calibrate import fused_step  # noqa: PLC0415 (needs Triton, which a CPU may be without)
+
+        if fused_step.supports(target):
+            step, install = fused_step.fused_sign_step, fused_step.fused_fake_quantize
+        else:
+            step, install = compiled(sign_step), compiled(_install)
+    return partial(step, momentum=momentum, most_clip=most_clip), install
+
+
+def _install(target: Target, rounding: Rounding, out: Tensor) -> None:
+    out.copy_(fake_quantize(target, rounding))

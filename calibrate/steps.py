@@ -1,0 +1,188 @@
+"""The steps of a block's tuning: gather samples, forward, loss, backward, update; on a GPU recorded as one CUDA graph.
+
+Whatever a step needs to know, and whatever it leaves behind, is in device memory that stays where it is: the order of
+the samples, learning rates, losses, the number of the step. So the same graph serves every step, and every later block
+that is loaded into the same memory; nothing waits for the host.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calibrate.blocks import run_block
+from calibrate.layer_state import LayerState
+
+Loss = Callable[[Tensor, Tensor], Tensor]  # output and target [B, T, H] -> scalar float32
+
+# For measurements.
+GRAPHED = True  # on a GPU
+COMPILED = False  # torch.compile the block
+
+_WARM_UPS = 3  # steps before recording: kernels are compiled, libraries get their workspaces
+_AHEAD = 4  # steps that the host may be ahead of the device, so that progress can be shown and nothing waits
+
+
+class Steps:
+    """All steps of one block's tuning, repeatable for the next block."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        arguments: dict[str, Any],
+        layers: Sequence[LayerState],
+        inputs: Tensor,
+        outputs: Tensor,
+        loss: Loss,
+        shape: tuple[int, int, int],
+    ) -> None:
+        """Steps over samples of ``inputs`` and ``outputs`` [S, T, H], on the device or pinned.
+
+        Args:
+            shape: steps, batches a step, samples a batch.
+        """
+        device = next(module.parameters()).device
+        self._module, self._arguments, self._layers, self._loss = module, arguments, layers, loss
+        self._forward = torch.compile(run_block, dynamic=False) if COMPILED else run_block
+        self._step = torch.zeros(1, dtype=torch.long, device=device)
+        self._order = torch.zeros(shape, dtype=torch.long, device=device)
+        self._rates = torch.zeros(shape[0], 2, device=device)
+        self.losses = torch.zeros(shape[0], device=device)
+        near = inputs.device == device
+        self._feed = (
+            _Gather(inputs, outputs, self._order, self._step) if near else _Stage(inputs, outputs, shape, device)
+        )
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graphed = GRAPHED and device.type == "cuda"
+
+    @torch.enable_grad()
+    def run(self, order: Tensor, rates: Tensor, on_step: Callable[[], None]) -> None:
+        """Tune the layers from their start; `losses` [steps] are to be read when all is done.
+
+        Args:
+            order: [steps, batches, B] sample numbers.
+            rates: [steps, 2], of offsets and clips; see `calibrate.rounding.sign_step`.
+            on_step: called after every step.
+        """
+        for layer in self._layers:
+            layer.module.weight.requires_grad_(True)
+        if self._graphed and self._graph is None:
+            self._feed.start(order)
+            self._graph = self._record()
+        for layer in self._layers:
+            layer.restart()
+        self._order.copy_(order)
+        self._rates.copy_(rates)
+        self.losses.zero_()
+        self._step.zero_()
+        self._feed.start(order)
+        launched: deque[torch.cuda.Event] = deque()
+        for step in range(len(order)):
+            self._feed.ready(step)
+            if self._graph is None:
+                self._one_step()
+            else:
+                self._graph.replay()
+                launched.append(torch.cuda.Event(blocking=True))
+                launched[-1].record()
+            if self._graph is None or len(launched) > _AHEAD:
+                _wait_for_oldest(launched)
+                on_step()
+        while launched:
+            _wait_for_oldest(launched)
+            on_step()
+        for layer in self._layers:
+            layer.module.weight.requires_grad_(False)
+
+    def _one_step(self) -> None:
+        batches = self._order.shape[1]
+        for batch in range(batches):
+            inputs, targets = self._feed.batch(batch)
+            error = self._loss(self._forward(self._module, inputs, self._arguments), targets)
+            error.backward()
+            self.losses.index_add_(0, self._step, error.detach().reshape(1) / batches)
+        rate = self._rates.index_select(0, self._step)[0]
+        for layer in self._layers:
+            layer.step(rate)
+            layer.module.weight.grad = None
+        self._step += 1
+
+    def _record(self) -> torch.cuda.CUDAGraph:
+        """The graph of a step; leaves the layers in the middle of nowhere. Learning rates are 0 here."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                self._step.zero_()
+                self._feed.ready(0)
+                self._one_step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._step.zero_()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._one_step()
+        return graph
+
+
+class _Gather:
+    """Samples that are on the device, by numbers that are there too."""
+
+    def __init__(self, inputs: Tensor, outputs: Tensor, order: Tensor, step: Tensor) -> None:
+        self._inputs, self._outputs, self._order, self._step = inputs, outputs, order, step
+
+    def start(self, order: Tensor) -> None:
+        """Nothing to prepare."""
+
+    def ready(self, step: int) -> None:
+        """Nothing to wait for."""
+
+    def batch(self, number: int) -> tuple[Tensor, Tensor]:
+        """Inputs and outputs [B, T, H] of the current step's batch."""
+        picked = self._order.index_select(0, self._step)[0, number]
+        return self._inputs.index_select(0, picked), self._outputs.index_select(0, picked)
+
+
+class _Stage:
+    """Samples in pinned host memory: those of the next step are copied while a step runs."""
+
+    def __init__(self, inputs: Tensor, outputs: Tensor, shape: tuple[int, int, int], device: torch.device) -> None:
+        self._sources = (inputs, outputs)
+        size = (*shape[1:], *inputs.shape[1:])
+        self._next, self._current = (
+            [torch.zeros(size, dtype=source.dtype, device=device) for source in self._sources] for _ in range(2)
+        )
+        self._stream = torch.cuda.Stream(device)
+        self._order = torch.empty(0)
+
+    def start(self, order: Tensor) -> None:
+        """Fetch the first step's samples."""
+        self._order = order.cpu()
+        self._fetch(0)
+
+    def ready(self, step: int) -> None:
+        """Have the samples of ``step``, which were fetched, in place, and fetch those of the one after it."""
+        torch.cuda.current_stream().wait_stream(self._stream)
+        for current, fetched in zip(self._current, self._next, strict=True):
+            current.copy_(fetched)
+        self._fetch((step + 1) % len(self._order))
+
+    def batch(self, number: int) -> tuple[Tensor, Tensor]:
+        """Inputs and outputs [B, T, H] of the current step's batch."""
+        inputs, outputs = self._current
+        return inputs[number], outputs[number]
+
+    def _fetch(self, step: int) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for source, fetched in zip(self._sources, self._next, strict=True):
+                for row, sample in zip(fetched.flatten(0, 1), self._order[step].flatten().tolist(), strict=True):
+                    row.copy_(source[sample], non_blocking=True)
+
+
+def _wait_for_oldest(launched: deque[torch.cuda.Event]) -> None:
+    if launched:
+        launched.popleft().synchronize()

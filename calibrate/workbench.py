@@ -1,0 +1,138 @@
+"""Where blocks are worked on: block after block of the same make is loaded into one module on the device.
+
+Two blocks are of one make if their modules and arguments differ in the values of tensors only. What was made for the
+first, from its memory to a recorded CUDA graph of its tuning step, then serves all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from calibrate.activations import QuantizedInput, quantized_inputs
+from calibrate.blocks import Block, move_arguments, to_device
+
+_Kept = TypeVar("_Kept")
+
+_MAKES = 2  # remembered at once: models that alternate between two kinds of attention have as many
+
+
+class WorkingBlock:
+    """A module on the device with the values of one of the model's blocks, and what belongs to it."""
+
+    def __init__(self, block: Block, arguments: dict[str, Any], device: torch.device, dtype: torch.dtype) -> None:
+        self.module = to_device(block, device, dtype)
+        self.arguments = move_arguments(arguments, device)  # what its forward takes beside the hidden states
+        self.originals: dict[str, Tensor] = {}  # weight [N, K] of each linear layer as loaded, on the device
+        self._kept: dict[str, tuple[Any, Any]] = {}  # name -> key and value
+        self._scales: dict[str, Tensor] = {}
+        self._load_originals(block)
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything of it is."""
+        return next(self.module.parameters()).device
+
+    @torch.no_grad()
+    def load(self, block: Block, arguments: dict[str, Any]) -> None:
+        """Take over the values of a block of the same make."""
+        theirs = dict(_tensors(block.module))
+        for name, tensor in _tensors(self.module):
+            tensor.data.copy_(theirs[name])
+        for mine, new in zip(pytree.tree_leaves(self.arguments), pytree.tree_leaves(arguments), strict=True):
+            if isinstance(mine, Tensor):
+                mine.copy_(new)
+        self._load_originals(block)
+
+    def keep(self, name: str, key: Any, make: Callable[[], _Kept]) -> _Kept:
+        """What an earlier call made under this name, if the key is the same; else what ``make`` makes now."""
+        if name not in self._kept or self._kept[name][0] != key:
+            self._kept.pop(name, None)  # its memory is free before more is taken
+            self._kept[name] = (key, make())
+        return cast(_Kept, self._kept[name][1])
+
+    @contextmanager
+    def quantized_inputs(self, inputs: Mapping[str, QuantizedInput]) -> Iterator[None]:
+        """`calibrate.activations.quantized_inputs`, with static scales in memory that stays where it is."""
+        for name, made in inputs.items():
+            if made.scale is not None:
+                self._scales.setdefault(name, made.scale.clone()).copy_(made.scale)
+        held = {name: QuantizedInput(made.type, self._scales.get(name)) for name, made in inputs.items()}
+        with quantized_inputs(self.module, held):
+            yield
+
+    def _load_originals(self, block: Block) -> None:
+        for name, layer in block.linears().items():
+            weight = layer.weight.detach()
+            if self.device.type == "cpu":
+                self.originals[name] = weight
+                continue
+            mine = cast(nn.Linear, self.module.get_submodule(name)).weight.detach()
+            if name not in self.originals:
+                self.originals[name] = torch.empty_like(mine, dtype=weight.dtype)
+            self.originals[name].copy_(mine if mine.dtype == weight.dtype else weight)
+
+
+class Workbench:
+    """Loads blocks; on a GPU into the memory of earlier ones where that is possible."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, dtype
+        # Oldest use first.
+        self._made: dict[Any, WorkingBlock] = {}
+
+    def load(self, block: Block, arguments: dict[str, Any]) -> WorkingBlock:
+        """``block`` ready to run on the device, with what its forward takes beside the hidden states."""
+        if self._device.type == "cpu":
+            return WorkingBlock(block, arguments, self._device, self._dtype)
+        make = (_make_of_module(block.module), _make_of_arguments(arguments))
+        if make in self._made:
+            working = self._made.pop(make)
+            working.load(block, arguments)
+        else:
+            if len(self._made) == _MAKES:
+                self._made.pop(next(iter(self._made)))  # the one that was not used for longest
+            working = WorkingBlock(block, arguments, self._device, self._dtype)
+        self._made[make] = working
+        return working
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _make_of_module(module: nn.Module) -> tuple[Any, ...]:
+    """Classes, plain attributes and the shapes of tensors; objects that blocks share count by identity."""
+    return tuple(
+        (
+            name,
+            type(part),
+            tuple((key, _plain(value)) for key, value in vars(part).items() if _matters(key)),
+            tuple((key, tensor.shape, tensor.dtype) for key, tensor in _tensors(part)),
+        )
+        for name, part in module.named_modules()
+    )
+
+
+def _matters(attribute: str) -> bool:
+    # The number of the layer chooses its place in a KV cache, and there is none.
+    return not attribute.startswith("_") and attribute not in ("layer_idx", "training")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple | dict | set | partial):
+        return repr(value)
+    return value if isinstance(value, int | float | str | None) else id(value)
+
+
+def _make_of_arguments(arguments: dict[str, Any]) -> tuple[Any, ...]:
+    leaves, structure = pytree.tree_flatten(arguments)
+    described = ((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else _plain(leaf) for leaf in leaves)
+    return (repr(structure), *described)

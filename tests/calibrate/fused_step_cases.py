@@ -1,0 +1,139 @@
+"""The kernel of a tuning step against the reference that it must equal, on the CPU's interpreter or a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calibrate.rounding import MOST_OFFSET, Gradients, Rounding, Target, fake_quantize, sign_step, targets
+from vllm_autoround.format.weights import Float8, Integer, Mx, NvFp4, WeightType
+
+SOME_TYPES: list[WeightType] = [
+    Integer(bits=4, group_size=128),
+    Integer(bits=2, group_size=16, symmetric=False),
+    Integer(bits=8, group_size=256, symmetric=False),
+    Integer(bits=3, group_size=None),
+    Integer(bits=5, group_size=None, symmetric=False),
+    NvFp4(),
+    Mx(bits=4),
+    Mx(bits=8),
+    Float8(strategy="channel"),
+]
+ALL_TYPES: list[WeightType] = [
+    Integer(bits=bits, group_size=group, symmetric=symmetric)
+    for bits in range(2, 9)
+    for group in (16, 32, 64, 128, 256, None)
+    for symmetric in (True, False)
+] + SOME_TYPES[5:]
+
+
+@dataclass
+class State:
+    """Everything that a step changes."""
+
+    target: Target
+    rounding: Rounding
+    means: Gradients | None
+    out: Tensor
+    finite: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = {name: getattr(self.rounding, name) for name in ("offset", "low_clip", "high_clip")}
+        if self.means is not None:
+            found |= {f"mean of {name}": getattr(self.means, name) for name in ("offset", "low_clip", "high_clip")}
+        return found | {"W^": self.out, "finite": self.finite}
+
+    def to(self, device: str) -> State:
+        target, rounding, means = self.target, self.rounding, self.means
+        move = lambda *tensors: [t.to(device, copy=True) for t in tensors]  # noqa: E731
+        scale = None if target.global_scale is None else target.global_scale.to(device)
+        return State(
+            Target(*move(target.weight), type(target.bounds)(*move(*target.bounds)), target.type, scale),
+            Rounding(*move(rounding.offset, rounding.low_clip, rounding.high_clip)),
+            None if means is None else Gradients(*move(means.offset, means.low_clip, means.high_clip)),
+            *move(self.out, self.finite),
+        )
+
+
+def make_state(
+    kind: WeightType, shape: tuple[int, int], dtype: torch.dtype, out: torch.dtype, *, momentum: float
+) -> State:
+    """A layer in the middle of tuning, with every kind of row that has its own way to go wrong."""
+    weight = torch.randn(shape)
+    weight[0] = 0
+    weight[1] *= 1e-6  # below the least scale
+    weight[2, ::37] *= 60  # outliers
+    weight[3] = -weight[3].abs()  # the extreme is negative, the other bound 0
+    weight[4] = weight[4].abs()
+    weight[5] = (weight[5] * 4).round() / 4  # ties
+    [target] = targets([weight.to(dtype)], kind)
+    rounding = Rounding.nearest(target).clone()
+    rounding.offset.random_(-MOST_OFFSET, MOST_OFFSET)
+    rounding.low_clip.uniform_(0.2, 1.6)
+    rounding.high_clip.uniform_(0.2, 1.6)
+    rounding.low_clip[6] = 0
+    rounding.high_clip[7] = 0
+    means = None
+    if momentum:
+        means = Gradients.means(rounding)
+        means.offset.normal_(0, 1e-4)
+        means.low_clip.normal_(0, 1e-3)
+    return State(target, rounding, means, torch.full(shape, float("nan"), dtype=out), torch.tensor(True))
+
+
+def make_gradient(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    grad = 1e-4 * torch.randn(shape)
+    grad[torch.rand(shape) < 0.1] = 0
+    return grad.to(dtype)
+
+
+def check(
+    kind: WeightType,
+    device: str,
+    *,
+    shape: tuple[int, int],
+    dtype: torch.dtype = torch.bfloat16,
+    out: torch.dtype = torch.bfloat16,
+    momentum: float = 0.7,
+    steps: int = 4,
+    reference_device: str = "cpu",
+) -> None:
+    """``steps`` steps of kernel and reference from the same state; after each, all of it must be equal."""
+    from calibrate.fused_step import fused_fake_quantize, fused_sign_step
+
+    made = make_state(kind, shape, dtype, out, momentum=momentum)
+    mine, reference = made.to(device), made.to(reference_device)
+    offsets = reference.rounding.offset.clone()
+    for step in range(steps):
+        grad = make_gradient(shape, out)
+        if step == steps - 1:
+            grad[3, 5] = float("inf")
+        rate = torch.tensor([9_000.0 - 3_000 * (step % 3), 0.07])
+        for side, function in ((mine, fused_sign_step), (reference, sign_step)):
+            place = side.out.device
+            function(
+                side.target,
+                side.rounding,
+                side.means,
+                grad.to(place),
+                rate.to(place),
+                side.out,
+                side.finite,
+                momentum=momentum,
+                most_clip=1.5,
+            )
+        whole = step < steps - 1
+        for name, expected in reference.tensors().items():
+            got = mine.tensors()[name].to(reference_device)
+            same = got == expected
+            if not whole:  # NaN in the group of the infinity, and only there
+                same |= got.isnan() & expected.isnan()
+            assert same.all(), f"{kind}: step {step}, {name} differs in {int((~same).sum())} of {same.numel()} places"
+        assert bool(reference.finite) is whole
+    assert (offsets != reference.rounding.offset).any()
+    assert (reference.rounding.offset.int().abs() == MOST_OFFSET).any()
+    mine.out.fill_(float("nan"))
+    fused_fake_quantize(mine.target, mine.rounding, mine.out)
+    assert torch.equal(mine.out.to(reference_device), fake_quantize(reference.target, reference.rounding).to(out))

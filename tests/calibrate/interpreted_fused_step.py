@@ -1,0 +1,55 @@
+"""Run by test_fused_step.py under TRITON_INTERPRET=1: the kernel of a tuning step on Triton's interpreter."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+from tests.calibrate.fused_step_cases import SOME_TYPES, check
+from vllm_autoround.format.weights import Float8, Integer, NvFp4, WeightType
+
+
+@pytest.fixture(autouse=True)
+def _exact_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter cuts bfloat16 off where the hardware rounds to nearest."""
+    convert = interpreter._convert_float
+
+    def exact(values, source, target, mode):
+        raw = np.ascontiguousarray(values)
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return torch.from_numpy(raw.copy()).bfloat16().view(torch.int16).numpy().view(np.uint16)
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return torch.from_numpy(raw.view(np.int16).copy()).view(torch.bfloat16).float().numpy().view(np.uint32)
+        return convert(values, source, target, mode)
+
+    monkeypatch.setattr(interpreter, "_convert_float", exact)
+
+
+@pytest.mark.parametrize("kind", SOME_TYPES, ids=str)
+def test_every_type(kind: WeightType) -> None:
+    check(kind, "cpu", shape=(9, 256))
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "out"),
+    [
+        (Integer(bits=4, group_size=32), torch.float16, torch.bfloat16),
+        (Integer(bits=3, group_size=64, symmetric=False), torch.float32, torch.float32),
+        (NvFp4(), torch.float32, torch.float32),
+    ],
+    ids=str,
+)
+def test_every_dtype_without_momentum(kind: WeightType, dtype: torch.dtype, out: torch.dtype) -> None:
+    check(kind, "cpu", shape=(9, 192), dtype=dtype, out=out, momentum=0.0)
+
+
+@pytest.mark.parametrize(
+    "kind", [Integer(bits=4, group_size=None, symmetric=False), Float8(strategy="channel")], ids=str
+)
+def test_rows_longer_than_a_chunk_and_no_multiple_of_one(kind: WeightType, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("calibrate.rounding", "calibrate.fused_step"):
+        monkeypatch.setattr(f"{module}.SUM_CHUNK", 256)
+    check(kind, "cpu", shape=(9, 600), steps=3)
