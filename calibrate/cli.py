@@ -11,7 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
 
-from calibrate.config import DEFAULT_DATASET, FORMATS, RECIPES, CalibrationConfig, CalibrationError, KVCache
+from calibrate.config import DEFAULT_DATASET, RECIPES, CalibrationConfig, CalibrationError, KVCache
+from calibrate.formats import FORMATS, subfolder
 from vllm_autoround.format.errors import ManifestError, SchemeError
 
 _RECIPES_HELP = "\n".join(
@@ -226,9 +227,14 @@ def _calibrate(args: argparse.Namespace) -> int:
     except NonFiniteError as error:
         print(f"vllm-autoround calibrate: stopped, nothing was written: {error}", file=sys.stderr)
         return 1
-    print(inspection_table(inspect_checkpoint(args.out)))
-    print(f"\n{report['seconds']:.0f} s; report in {args.out / 'report.json'}")
-    print(f"serve it with: vllm serve {args.out} --quantization autoround")
+    folders = [args.out] if len(args.format) == 1 else [args.out / subfolder(name) for name in args.format]
+    for folder in folders:
+        if not (folder / "config.json").exists():
+            print(f"{folder} is for llama.cpp")
+            continue
+        print(inspection_table(inspect_checkpoint(folder)))
+        print(f"serve it with: vllm serve {folder} --quantization autoround\n")
+    print(f"{report['seconds']:.0f} s; report in {args.out / 'report.json'}")
     return 0
 
 
@@ -237,6 +243,16 @@ def _gate(args: argparse.Namespace) -> int:
 
     fields = {key: value for key, value in vars(args).items() if key != "command"}
     return 0 if run_gate(GateConfig(**fields)).passed else 1
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from calibrate.convert import convert
+
+    report = convert(args.source, args.out, args.format)
+    print(
+        f"{args.out}: the same weights as {args.source}, bit for bit, as {args.format} ({report['bytes'] / 1e6:.1f} MB)"
+    )
+    return 0
 
 
 def _inspect(args: argparse.Namespace) -> int:

@@ -57,7 +57,7 @@ def calibrate(model: str | Path, out: str | Path, **settings: Any) -> dict[str, 
     original, quantized, arguments = _block_inputs(source.model, plan, outside)
 
     with (
-        CheckpointWriter(plan.out, source, plan.blocks, config.formats) as writer,
+        CheckpointWriter(plan.out, source, plan.blocks, plan.manifest, config.formats) as writer,
         progress_bars(len(plan.blocks), config.tuning.iters) as progress,
     ):
         for index, block in enumerate(plan.blocks):
@@ -93,10 +93,7 @@ def calibrate(model: str | Path, out: str | Path, **settings: Any) -> dict[str, 
         heads, scales = quantize_heads(source.model, plan, config, quantized)
         writer.write_outside({**outside, **heads}, scales)
         versions = environment(plan.device)
-        writer.complete(
-            plan.manifest,
-            {"version": versions["vllm-autoround"], "scheme": config.scheme, "tuning": asdict(config.tuning)},
-        )
+        writer.complete({"version": versions["vllm-autoround"], "tuning": asdict(config.tuning)})
         report = {
             "model": source.name,
             "model_revision": source.revision,
@@ -104,7 +101,11 @@ def calibrate(model: str | Path, out: str | Path, **settings: Any) -> dict[str, 
             "tuning": asdict(config.tuning),
             "samples_sha256": hashlib.sha256(plan.samples.numpy().tobytes()).hexdigest(),
             "environment": versions,
-            "checkpoint": inspect_checkpoint(writer.partial).as_json(),
+            "checkpoints": {
+                name: inspect_checkpoint(folder).as_json()
+                for name, folder in writer.folders.items()
+                if (folder / "config.json").exists()  # GGUF is a single file
+            },
             "blocks": [asdict(block) for block in reports],
             "seconds": watch.seconds(),
             "peak_memory": peak_memory(plan.device),
@@ -138,7 +139,7 @@ def _calibrate_block(
     on_step: Callable[[], None],
     loss: Loss,
 ) -> tuple[TunedBlock, dict[str, Tensor]]:
-    """Tune one block and advance both chains, [S, T, H], through it in place; its activation and KV scales beside it."""
+    """Tune one block and advance both chains, [S, T, H], through it, in place; with its activation and KV scales."""
     arguments, schemes = move_arguments(arguments, plan.device), plan.schemes(block)
     module = to_device(block, plan.device, plan.compute_dtype)
     advance(module, original, arguments)

@@ -256,6 +256,17 @@ def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     return tensor
 
 
+def require_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor``, if it has that dtype.
+
+    Raises:
+        ValueError: it has another.
+    """
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name} has dtype {tensor.dtype}, expected {dtype}")
+    return tensor
+
+
 def require_multiple(layer: str, columns: int, group: int, name: str) -> None:
     """Raise SchemeError unless ``columns`` input features divide into groups of ``group``."""
     if columns % group:

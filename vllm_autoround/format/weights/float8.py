@@ -16,6 +16,7 @@ from vllm_autoround.format.weights.base import (
     Tile,
     WeightType,
     away_from_zero,
+    require_dtype,
     require_shape,
 )
 
@@ -91,9 +92,8 @@ class Float8(WeightType):
         return {"weight": weight.codes.contiguous(), "weight_scale": scale.contiguous()}
 
     def from_tensors(self, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
-        codes, scale = tensors["weight"], tensors["weight_scale"]
-        if codes.dtype != torch.float8_e4m3fn:
-            raise ValueError(f"weight has dtype {codes.dtype}, expected torch.float8_e4m3fn")
+        codes = require_dtype("weight", tensors["weight"], torch.float8_e4m3fn)
+        scale = tensors["weight_scale"]
         tiles = self.tile(*codes.shape).tiles(*codes.shape)
         if self.strategy != "block":  # [N], [N, 1], [1] and [] are all in use
             scale = scale.reshape(-1, 1)

@@ -23,6 +23,7 @@ from vllm_autoround.format.weights.base import (
     Tile,
     WeightType,
     away_from_zero,
+    require_dtype,
     require_shape,
 )
 
@@ -145,9 +146,12 @@ class Integer(WeightType):
         scale = require_shape("weight_scale", tensors["weight_scale"], self.tile(rows, columns).tiles(rows, columns))
         zero_point = None
         if not self.symmetric:
-            words = tensors["weight_zero_point"]
+            words = require_dtype("weight_zero_point", tensors["weight_zero_point"], torch.int32)
+            require_shape("weight_zero_point", words, (packing.words_per_row(rows, self.bits), scale.shape[1]))
             zero_point = packing.unpack(words.T.contiguous(), self.bits, rows).T.contiguous()
-        codes = packing.unpack(tensors["weight_packed"], self.bits, columns)
+        words = require_dtype("weight_packed", tensors["weight_packed"], torch.int32)
+        require_shape("weight_packed", words, (rows, packing.words_per_row(columns, self.bits)))
+        codes = packing.unpack(words, self.bits, columns)
         return QuantizedWeight(type=self, codes=codes, scale=scale, zero_point=zero_point)
 
     def args(self) -> dict[str, Any]:

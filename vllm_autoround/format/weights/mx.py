@@ -22,6 +22,7 @@ from vllm_autoround.format.weights.base import (
     TensorSpec,
     Tile,
     WeightType,
+    require_dtype,
     require_multiple,
     require_shape,
 )
@@ -106,11 +107,12 @@ class Mx(WeightType):
         return {"weight_packed": packing.pack_nibbles(weight.codes), "weight_scale": scale}
 
     def from_tensors(self, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
-        codes = tensors["weight"] if self.bits == 8 else packing.unpack_nibbles(tensors["weight_packed"])
+        if self.bits == 8:
+            codes = require_dtype("weight", tensors["weight"], torch.float8_e4m3fn)
+        else:
+            codes = packing.unpack_nibbles(require_dtype("weight_packed", tensors["weight_packed"], torch.uint8))
         scale = require_shape("weight_scale", tensors["weight_scale"], self.tile(*codes.shape).tiles(*codes.shape))
-        if scale.dtype != torch.uint8:
-            raise ValueError(f"weight_scale has dtype {scale.dtype}, expected torch.uint8 (E8M0)")
-        return QuantizedWeight(type=self, codes=codes, scale=scale)
+        return QuantizedWeight(type=self, codes=codes, scale=require_dtype("weight_scale", scale, torch.uint8))
 
     def args(self) -> dict[str, Any]:
         return {
