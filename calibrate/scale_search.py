@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from calibrate.rounding import Rounding, Target, group_errors
-from vllm_autoround.format.weights import Bounds
+from vllm_autoround.format.weights import Bounds, Float8, Mx, NvFp4, WeightType
 
-_SYMMETRIC = torch.linspace(0.4, 1.2, 65).tolist()
 _ASYMMETRIC = torch.linspace(0.4, 1.1, 22).tolist()
 MOST_CLIP = 2.0  # tuning may widen the range again
 
@@ -37,9 +36,10 @@ def search_scales(target: Target, importance: Tensor, errors: Errors = group_err
     if target.type.symmetric:
         amax = torch.maximum(-target.bounds.low, target.bounds.high)
         target = Target(target.weight, Bounds(-amax, amax), target.type, target.global_scale)
-        candidates = [(0.0, ratio) for ratio in _SYMMETRIC]
+        ratios = _ratios(target.type)
+        candidates = [(0.0, ratio) for ratio in ratios]
         if target.type.signed_scale:
-            candidates += [(ratio, 0.0) for ratio in _SYMMETRIC]
+            candidates += [(ratio, 0.0) for ratio in ratios]
     else:
         candidates = list(product(_ASYMMETRIC, _ASYMMETRIC))
 
@@ -57,3 +57,16 @@ def search_scales(target: Target, importance: Tensor, errors: Errors = group_err
             torch.where(better, candidate.high_clip, best.high_clip),
         )
     return target, best
+
+
+def _ratios(kind: WeightType) -> list[float]:
+    """What to multiply the full range by: as fine as the type's scales are."""
+    match kind:
+        case Mx():  # powers of two
+            return [0.5, 1.0, 2.0]
+        case NvFp4():  # three bits of mantissa
+            return torch.linspace(0.6, 1.2, 13).tolist()
+        case Float8():  # the grid is as fine at one scale as at another
+            return [1.0]
+        case _:
+            return torch.linspace(0.4, 1.2, 65).tolist()
