@@ -78,8 +78,8 @@ def _coarse(kind: WeightType) -> list[tuple[float, float]]:
             return list(product(ratios, ratios))
         case Mx():  # powers of two
             ratios = [0.5, 1.0, 2.0]
-        case NvFp4():  # three bits of mantissa; from 1.5 on the largest weight is a 4, below which the grid is finer
-            ratios = torch.linspace(0.6, 1.6, 21).tolist()
+        case NvFp4():  # three bits of mantissa; wider ranges are better before tuning and worse after it
+            ratios = torch.linspace(0.6, 1.2, 13).tolist()
         case Float8():  # the grid is as fine at one scale as at another
             ratios = [1.0]
         case _:
