@@ -19,35 +19,23 @@ from calibrate.source import Source
 from vllm_autoround.format.manifest import Manifest
 from vllm_autoround.format.weights import Integer, QuantizedWeight
 
-__all__ = ["PARTIAL_MARK", "CheckpointWriter", "format_problems", "partial_folder", "scale_dtype"]
+__all__ = ["PARTIAL_MARK", "CheckpointWriter", "format_problems", "partial_folder"]
 
 
-def format_problems(
-    formats: Sequence[str], manifest: Manifest, source: Source, scales: torch.dtype | None = None
-) -> list[str]:
-    """What the formats cannot say of this model, quantized like that, each with its way out: to be asked before tuning.
-
-    Args:
-        scales: what the scales of integer weights are rounded to; None: the model's dtype.
-    """
+def format_problems(formats: Sequence[str], manifest: Manifest, source: Source) -> list[str]:
+    """What the formats cannot say of this model, quantized like that, each with its way out; asked before tuning."""
     dtype = source.model.dtype
     shapes: Shapes = {layer: _shape(source.model.get_submodule(layer)) for layer in manifest.schemes}
     origin = Origin(source.folder, source.config)
     problems = [problem for name in formats for problem in EXPORTERS[name].problems(manifest, shapes, origin)]
     if any(isinstance(scheme.weights, Integer) for scheme in manifest.schemes.values()):
         problems += [
-            f"{name} cannot hold {_name(scales or dtype)} scales without rounding them; save the model in "
+            f"{name} cannot hold {_name(dtype)} scales without rounding them; save the model in "
             f"{' or '.join(map(_name, EXPORTERS[name].scale_dtypes))} first"
             for name in formats
-            if (scales or dtype) not in EXPORTERS[name].scale_dtypes
+            if dtype not in EXPORTERS[name].scale_dtypes
         ]
     return problems
-
-
-def scale_dtype(formats: Sequence[str], dtype: torch.dtype) -> torch.dtype:
-    """What the scales of integer weights of a model in ``dtype`` must be rounded to, so that all formats hold them."""
-    candidates = (dtype, torch.float16, torch.bfloat16)
-    return next(found for found in candidates if all(found in EXPORTERS[name].scale_dtypes for name in formats))
 
 
 class CheckpointWriter:

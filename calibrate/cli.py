@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -33,6 +34,13 @@ _SCHEMES_HELP = """schemes:
   NVFP4 MXFP4 MXFP8, and with A16 behind them for weights only"""
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Breaks no line inside a name such as compressed-tensors: names are there to be copied."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``vllm-autoround``; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -46,9 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("inspect", _add_inspect, "show what a checkpoint holds"),
         ("convert", _add_convert, "write a checkpoint in another format, without loss or not at all"),
     ):
-        command = commands.add_parser(
-            name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        command = commands.add_parser(name, help=summary, description=summary, formatter_class=_HelpFormatter)
         add_arguments(command)
     return _run(parser.parse_args(argv))
 

@@ -144,7 +144,8 @@ def _calibrate_block(
     module = to_device(block, plan.device, plan.compute_dtype)
     advance(module, original, arguments)
     # On the quantized chain: what the layers will be fed when they are served.
-    statistics = observe_inputs(module, schemes, quantized, arguments)
+    needed = [name for name, s in schemes.items() if config.tuning.scale_search or s.activations is not None]
+    statistics = observe_inputs(module, needed, quantized, arguments)
     inputs = quantized_inputs_of(schemes, statistics)
     with quantized_inputs(module, inputs):
         tuned = tune_block(

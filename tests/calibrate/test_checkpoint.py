@@ -12,9 +12,8 @@ import transformers as tf
 from safetensors.torch import load_file
 
 from calibrate.blocks import find_blocks
-from calibrate.checkpoint import CheckpointWriter, format_problems, scale_dtype
+from calibrate.checkpoint import CheckpointWriter, format_problems
 from calibrate.config import CalibrationError
-from calibrate.formats import FORMATS
 from calibrate.source import load_source
 from tests.calibrate.exports import Exported, as_json, export, llama, save_source, write
 from vllm_autoround.format.errors import ManifestError
@@ -137,14 +136,6 @@ def test_scales_of_activations_and_kv_cache_are_written_with_their_block(tmp_pat
     assert last["model.layers.1.mlp.up_proj.input_scale"].tolist() == [0.25]
 
 
-def test_scales_are_rounded_to_what_every_format_holds() -> None:
-    assert scale_dtype(FORMATS, torch.bfloat16) == torch.bfloat16
-    assert scale_dtype(["compressed-tensors"], torch.float32) == torch.float32
-    assert scale_dtype(["compressed-tensors", "auto_gptq"], torch.float32) == torch.float16
-    assert scale_dtype(["auto_awq", "gguf:q4_0"], torch.float16) == torch.float16
-    assert scale_dtype(["auto_awq", "gguf:q4_1"], torch.float16) == torch.bfloat16
-
-
 @pytest.mark.parametrize(
     ("dtype", "formats", "problems"),
     [
@@ -169,7 +160,6 @@ def test_a_dtype_whose_scales_do_not_fit_is_refused_before_tuning(
     kind = "W4A16_ASYM_G32" if "gguf:q4_1" in formats else "W4A16G32"
     manifest = Manifest(schemes={"model.layers.0.mlp.up_proj": QuantScheme.parse(kind)})
     assert format_problems(formats, manifest, source) == problems
-    assert not format_problems(formats, manifest, source, scales=scale_dtype(formats, dtype))
 
 
 def test_the_report_is_json_and_the_layouts_are_known(several: Exported) -> None:

@@ -101,12 +101,6 @@ class Integer(WeightType):
     def decode(self, codes: Tensor) -> Tensor:
         return codes.float()
 
-    def stored_scale(self, scale: Tensor, dtype: torch.dtype, global_scale: Tensor | None) -> Tensor:
-        return scale.to(dtype)
-
-    def acting_scale(self, scale: Tensor, global_scale: Tensor | None) -> Tensor:
-        return scale.float()
-
     def specs(self, rows: int, columns: int, dtype: torch.dtype) -> dict[str, TensorSpec]:
         factor, (_, groups) = Fraction(32, self.bits), self.tile(rows, columns).tiles(rows, columns)
         along_k = None if self.group_size is None else 1  # a scale per output row is whole on every rank

@@ -18,10 +18,10 @@ from torch import Tensor
 from vllm_autoround.format import packing
 from vllm_autoround.format.grids import E2M1, E4M3, FloatGrid, e2m1_codes, e2m1_values, power_of_two
 from vllm_autoround.format.weights.base import (
+    FloatWeightType,
     QuantizedWeight,
     TensorSpec,
     Tile,
-    WeightType,
     require_dtype,
     require_multiple,
     require_shape,
@@ -34,7 +34,7 @@ _FORMATS = {4: "mxfp4-pack-quantized", 8: "mxfp8-quantized"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Mx(WeightType):
+class Mx(FloatWeightType):
     """MXFP4 or MXFP8."""
 
     bits: Literal[4, 8]
@@ -48,7 +48,6 @@ class Mx(WeightType):
 
     @property
     def grid(self) -> FloatGrid:
-        """The element type."""
         return E2M1 if self.bits == 4 else E4M3
 
     def tile(self, rows: int, columns: int) -> Tile:
@@ -62,15 +61,6 @@ class Mx(WeightType):
     ) -> tuple[Tensor, Tensor | None]:
         scale = power_of_two(torch.maximum(-low, high)) * 2.0**-self.grid.max_exponent
         return scale.clamp(min=_LEAST_SCALE), None
-
-    def round(self, x: Tensor, zero: Tensor | float) -> Tensor:
-        return self.grid.round(x)
-
-    def within(self, x: Tensor, zero: Tensor | float) -> Tensor:
-        return x.abs() <= self.grid.highest
-
-    def spacing(self, x: Tensor) -> Tensor:
-        return self.grid.spacing(x)
 
     def encode(self, values: Tensor) -> Tensor:
         return e2m1_codes(values) if self.bits == 4 else values.to(torch.float8_e4m3fn)

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from vllm_autoround.format import packing
-from vllm_autoround.format.grids import E2M1, E4M3, e2m1_codes, e2m1_values
+from vllm_autoround.format.grids import E2M1, E4M3, FloatGrid, e2m1_codes, e2m1_values
 from vllm_autoround.format.weights.base import (
+    FloatWeightType,
     QuantizedWeight,
     TensorSpec,
     Tile,
-    WeightType,
     require_dtype,
     require_multiple,
     require_shape,
@@ -40,11 +40,12 @@ def global_scale(amax: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NvFp4(WeightType):
+class NvFp4(FloatWeightType):
     """NVIDIA's two-level 4-bit float."""
 
     format: ClassVar[str] = "nvfp4-pack-quantized"
     bits: ClassVar[int] = 4
+    grid: ClassVar[FloatGrid] = E2M1
 
     def __str__(self) -> str:
         return "nvfp4"
@@ -65,15 +66,6 @@ class NvFp4(WeightType):
         # In this order, which decides ties as compressed-tensors does.
         scale = E4M3.round(global_scale * (torch.maximum(-low, high) / E2M1.highest)).clamp(min=_LEAST_SCALE)
         return scale / global_scale, None
-
-    def round(self, x: Tensor, zero: Tensor | float) -> Tensor:
-        return E2M1.round(x)
-
-    def within(self, x: Tensor, zero: Tensor | float) -> Tensor:
-        return x.abs() <= E2M1.highest
-
-    def spacing(self, x: Tensor) -> Tensor:
-        return E2M1.spacing(x)
 
     def encode(self, values: Tensor) -> Tensor:
         return e2m1_codes(values)
