@@ -36,6 +36,7 @@ from benchmarks.shapes import SHAPES, BlockShape
 from calibrate.blocks import capture_inputs, find_blocks, move_arguments, run_block, to_device
 from calibrate.config import RECIPES, Recipe
 from calibrate.plan import compute_dtype, resolve_device
+from calibrate.workbench import WorkingBlock
 from vllm_autoround.format.reader import dequantized_state_dict
 
 _VOCABULARY = 1024
@@ -67,7 +68,7 @@ def main() -> int:
         rows = [_time_floor(model, samples, recipe, device, compiled) for compiled in (False, True)]
         rows.append(_time_ours(model, Path(folder) / "ours", samples, recipe, device))
         if args.peer:
-            rows.append(_time_peer(model, samples, recipe, device))
+            rows.append(_time_peer(model, Path(folder) / "peer", samples, recipe, device))
     print(_table(rows))
     payload = {
         "protocol": {
@@ -115,17 +116,29 @@ def _time_ours(model: Path, out: Path, samples: Tensor, recipe: Recipe, device: 
     return _row("ours", seconds, peak)
 
 
-def _time_peer(model: Path, samples: Tensor, recipe: Recipe, device: torch.device) -> Row:
-    """auto-round with its defaults, and a check that its weights are finite and quantized.
+def _time_peer(model: Path, out: Path, samples: Tensor, recipe: Recipe, device: torch.device) -> Row:
+    """auto-round with its defaults, and a check that the weights of its checkpoint are finite and quantized.
 
     Raises:
         ValueError: they are not.
     """
     _forget()
-    run = run_auto_round(model, samples, bits=_BITS, group_size=_GROUP_SIZE, recipe=recipe, seed=_SEED, device=device)
+    run = run_auto_round(
+        model,
+        out,
+        samples,
+        scheme=f"W{_BITS}A16",
+        group_size=_GROUP_SIZE,
+        symmetric=True,
+        recipe=recipe,
+        seed=_SEED,
+        device=device,
+    )
     peak = _peak_gib(device)
-    _check_finite("auto-round", run.state)
-    for name, weight in run.state.items():
+    [checkpoint] = {path.parent for path in out.rglob("config.json")}
+    state = dequantized_state_dict(checkpoint, torch.bfloat16)
+    _check_finite("auto-round", state)
+    for name, weight in state.items():
         if name.endswith("_proj.weight") and most_levels(weight.to(device), _GROUP_SIZE) > 1 << _BITS:
             raise ValueError(f"auto-round: {name} is not quantized to {_BITS} bits")
     return _row("auto-round", run.block_seconds, peak)
@@ -173,12 +186,12 @@ def _tuned_weights(device: torch.device) -> Iterator[_Tuned]:
     """Record what `tune_block` leaves in every block that the pipeline tunes."""
     tuned, tune_block = _Tuned(), calibrate.pipeline.tune_block
 
-    def recording(block: nn.Module, schemes: Any, *args: Any, **kwargs: Any) -> Any:
-        result = tune_block(block, schemes, *args, **kwargs)
+    def recording(working: WorkingBlock, schemes: Any, *args: Any, **kwargs: Any) -> Any:
+        result = tune_block(working, schemes, *args, **kwargs)
         synchronize(device)
         begin = time.perf_counter()
         for name in schemes:
-            weight = block.get_submodule(name).weight.detach()
+            weight = working.module.get_submodule(name).weight.detach()
             tuned.weights[len(tuned.copying_seconds), name] = weight.to("cpu", torch.bfloat16, copy=True)
         tuned.copying_seconds.append(time.perf_counter() - begin)
         return result

@@ -48,18 +48,30 @@ def observe_inputs(
     block: nn.Module, names: Collection[str], hidden: Tensor, arguments: dict[str, Any]
 ) -> dict[str, InputStatistics]:
     """Statistics of the inputs of the layers ``names`` over the block's inputs [S, T, H]."""
-    seen: dict[str, InputStatistics] = {}
-
-    def observe(name: str, x: Tensor) -> Tensor:
-        statistics = InputStatistics.of(x)
-        seen[name].merge(statistics) if name in seen else seen.update({name: statistics})
-        return x
-
+    if not names:
+        return {}
     device = next(block.parameters()).device
-    with _before_layers(block, dict.fromkeys(names, observe)):
+    with recorded_inputs(block, names) as seen:
         for part in token_parts(hidden):
             run_block(block, part.to(device), arguments)
     return seen
+
+
+@contextmanager
+def recorded_inputs(model: nn.Module, names: Collection[str]) -> Iterator[dict[str, InputStatistics]]:
+    """Statistics of everything [..., K] that these layers are fed inside the context, by name."""
+    seen: dict[str, InputStatistics] = {}
+
+    def record(name: str, x: Tensor) -> Tensor:
+        statistics = InputStatistics.of(x)
+        if name in seen:
+            seen[name].merge(statistics)
+        else:
+            seen[name] = statistics
+        return x
+
+    with _before_layers(model, dict.fromkeys(names, record)):
+        yield seen
 
 
 def quantized_inputs_of(

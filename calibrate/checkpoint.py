@@ -1,100 +1,116 @@
-"""Write a checkpoint: one safetensors shard a block as soon as it is finished, then everything else, all or nothing."""
+"""Write a checkpoint: one part a block as soon as it is finished, then everything else, all or nothing."""
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Self, cast
 
-from safetensors.torch import save_file
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from calibrate.blocks import Block
-from calibrate.config import CalibrationError
-from calibrate.source import FOREIGN_WEIGHTS, Source
-from vllm_autoround.format.codec import QuantizedWeight
-from vllm_autoround.format.manifest import FORMAT_VERSION, MARKER, Manifest, to_compressed_tensors, verify_tensors
+from calibrate.exporters import EXPORTERS, Sink
+from calibrate.formats import subfolder
+from calibrate.origin import Origin, Shapes
+from calibrate.partial import PARTIAL_MARK, PartialFolder, partial_folder, write_json
+from calibrate.source import Source
+from vllm_autoround.format.manifest import Manifest
+from vllm_autoround.format.weights import Integer, QuantizedWeight
 
-PARTIAL_MARK = ".vllm-autoround-partial"  # in a partial folder of ours, locked while its run lives
-_SUBFOLDERS = ("additional_chat_templates",)
+__all__ = ["PARTIAL_MARK", "CheckpointWriter", "format_problems", "partial_folder"]
 
 
-def partial_folder(out: Path) -> Path:
-    """Where a checkpoint is collected until it is whole: beside ``out``, so that a rename suffices."""
-    return out.with_name(out.name + ".partial")
+def format_problems(formats: Sequence[str], manifest: Manifest, source: Source) -> list[str]:
+    """What the formats cannot say of this model, quantized like that, each with its way out; asked before tuning."""
+    dtype = source.model.dtype
+    shapes: Shapes = {layer: _shape(source.model.get_submodule(layer)) for layer in manifest.schemes}
+    origin = Origin(source.folder, source.config)
+    problems = [problem for name in formats for problem in EXPORTERS[name].problems(manifest, shapes, origin)]
+    if any(isinstance(scheme.weights, Integer) for scheme in manifest.schemes.values()):
+        problems += [
+            f"{name} cannot hold {_name(dtype)} scales without rounding them; save the model in "
+            f"{' or '.join(map(_name, EXPORTERS[name].scale_dtypes))} first"
+            for name in formats
+            if dtype not in EXPORTERS[name].scale_dtypes
+        ]
+    return problems
 
 
 class CheckpointWriter:
-    """Collects a checkpoint in `partial_folder` and renames that to ``out`` once it is whole.
+    """Collects a checkpoint, in one or more formats, in `partial_folder` and renames that to ``out`` once it is whole.
 
-    As a context manager it removes the partial folder when the run fails; one left by a killed run is replaced. A
-    checkpoint that is complete but cannot be given its name stays where it is.
+    One format is written into ``out`` itself, several into a folder of ``out`` each (`folders`).
     """
 
-    def __init__(self, out: Path, source: Source, blocks: Sequence[Block]) -> None:
+    def __init__(
+        self,
+        out: Path,
+        source: Source,
+        blocks: Sequence[Block],
+        manifest: Manifest,
+        formats: Sequence[str] = ("compressed-tensors",),
+    ) -> None:
         self.out = out
         self.partial = partial_folder(out)
-        self._complete = False
-        self._lock: IO[str] | None = None
-        self._source = source
-        self._blocks = blocks
-        self._files: dict[str, str] = {}  # tensor -> shard file
-        self._bytes = 0
+        self.folders = {name: self.partial if len(formats) == 1 else self.partial / subfolder(name) for name in formats}
+        self._folder = PartialFolder(out)
+        self._source, self._blocks, self._manifest = source, blocks, manifest
+        self._sinks: list[Sink] = []
+        self._outside: tuple[Mapping[str, QuantizedWeight], Mapping[str, Tensor]] = ({}, {})
 
     def __enter__(self) -> Self:
-        if (self.partial / PARTIAL_MARK).exists():
-            with (self.partial / PARTIAL_MARK).open() as mark:
-                _lock(mark, self.partial)  # not if another run is at it
-        if self.partial.exists():
-            shutil.rmtree(self.partial)
-        self.partial.mkdir(parents=True)
-        self._lock = (self.partial / PARTIAL_MARK).open("w")
-        _lock(self._lock, self.partial)
+        self._folder.__enter__()
+        config = dict(self._source.config)
+        if self._untied():
+            config["tie_word_embeddings"] = False
+        origin = Origin(self._source.folder, config)
+        for name, folder in self.folders.items():
+            folder.mkdir(exist_ok=True)
+            self._sinks.append(EXPORTERS[name].open(folder, self._manifest, origin))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._lock is not None:
-            self._lock.close()
-        if kind is not None and not self._complete:
-            shutil.rmtree(self.partial, ignore_errors=True)
+        self._folder.__exit__(kind, error, trace)
 
-    def write_block(self, index: int, weights: Mapping[str, QuantizedWeight], kv_scales: Mapping[str, Tensor]) -> None:
-        """Write block ``index``: quantized layers packed, its other tensors as they were."""
+    def write_block(self, index: int, weights: Mapping[str, QuantizedWeight], scales: Mapping[str, Tensor]) -> None:
+        """Write block ``index``: its quantized layers, and its other tensors as they were.
+
+        Args:
+            weights: by layer name relative to the block.
+            scales: of activations and KV cache, by the tensor's full name.
+
+        Raises:
+            CalibrationError: a value that a format cannot hold, by name.
+        """
         block = self._blocks[index]
-        tensors: dict[str, Tensor] = dict(kv_scales)
-        for name, weight in weights.items():
-            for suffix, tensor in weight.tensors().items():
-                tensors[f"{block.name}.{name}.{suffix}"] = tensor.cpu()
         replaced = {f"{name}.weight" for name in weights}
-        for name, tensor in block.module.state_dict().items():
-            if name not in replaced:
-                tensors[f"{block.name}.{name}"] = tensor
-        self._write_shard(index, tensors)
+        others = {
+            f"{block.name}.{name}": tensor for name, tensor in block.module.state_dict().items() if name not in replaced
+        }
+        self._write_part(
+            index, {f"{block.name}.{name}": weight for name, weight in weights.items()}, others | {**scales}
+        )
 
-    def complete(self, manifest: Manifest, provenance: Mapping[str, Any]) -> None:
-        """Write what is outside the blocks, the index, the other files and config.json.
+    def write_outside(self, weights: Mapping[str, QuantizedWeight], scales: Mapping[str, Tensor]) -> None:
+        """Take the quantized layers that are in no block, by full name, and their scales, by the tensor's full name."""
+        self._outside = weights, scales
+
+    def complete(self, provenance: Mapping[str, Any]) -> None:
+        """Write what is outside the blocks, and what each format has beside the tensors.
 
         Raises:
             ManifestError: the tensors written are not those that the manifest promises.
         """
-        self._write_shard(len(self._blocks), self._tensors_outside_blocks())
-        verify_tensors(manifest, self._files)
-        index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(self._files.items()))}
-        self._write_json("model.safetensors.index.json", index)
-        self._copy_other_files()
-        config = {
-            **self._source.config,
-            "quantization_config": to_compressed_tensors(manifest),
-            MARKER: {"format_version": FORMAT_VERSION, **provenance},
-        }
-        self._write_json("config.json", config)
+        weights, scales = self._outside
+        replaced = {f"{layer}.weight" for layer in weights}
+        others = {name: t for name, t in self._tensors_outside_blocks().items() if name not in replaced}
+        self._write_part(len(self._blocks), weights, others | {**scales})
+        for sink in self._sinks:
+            sink.finish(provenance)
 
     def publish(self, report: Mapping[str, Any]) -> None:
         """Write report.json and give the folder its final name.
@@ -102,66 +118,41 @@ class CheckpointWriter:
         Raises:
             CalibrationError: the name was taken in the meantime; says where the checkpoint is.
         """
-        self._write_json("report.json", report)
-        self._complete = True
-        _sync(self.partial)
-        try:
-            if self.out.exists():
-                self.out.rmdir()  # it was empty when the run began
-            self.partial.rename(self.out)
-        except OSError as error:
-            (self.partial / PARTIAL_MARK).unlink()  # so that the next run does not take it for an unfinished one
-            raise CalibrationError(
-                f"{self.out} cannot be written any more ({error.strerror}); the finished checkpoint is {self.partial}"
-            ) from error
-        (self.out / PARTIAL_MARK).unlink()
-        _sync(self.out.parent)
+        write_json(self.partial / "report.json", report)
+        self._folder.publish()
+
+    def _write_part(self, index: int, weights: Mapping[str, QuantizedWeight], others: Mapping[str, Tensor]) -> None:
+        for sink in self._sinks:
+            sink.write_part(f"model-{index + 1:05d}-of-{len(self._blocks) + 1:05d}", weights, others)
 
     def _tensors_outside_blocks(self) -> dict[str, Tensor]:
-        """Shared parameters once, under their first name: a tied lm_head is not written, as in the original."""
+        """Shared parameters once, under their first name: a tied lm_head is not written, as in the original, unless
+        one of the two is quantized."""
         model, inside = self._source.model, tuple(f"{block.name}." for block in self._blocks)
         state = model.state_dict()
         names = [name for name, _ in model.named_parameters()] + [name for name, _ in model.named_buffers()]
-        return {name: state[name] for name in names if name in state and not name.startswith(inside)}
+        names += [f"{head}.weight" for head in self._untied()]
+        return {
+            name: state[name].clone() if name.removesuffix(".weight") in self._untied() else state[name]
+            for name in names
+            if name in state and not name.startswith(inside)
+        }
 
-    def _write_shard(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        name = f"model-{index + 1:05d}-of-{len(self._blocks) + 1:05d}.safetensors"
-        contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        temporary = self.partial / f"{name}.tmp"
-        save_file(contiguous, temporary, metadata={"format": "pt"})
-        temporary.chmod(0o644)  # safetensors creates files that only their owner can read
-        _sync(temporary)
-        temporary.rename(self.partial / name)
-        self._files.update(dict.fromkeys(contiguous, name))
-        self._bytes += sum(tensor.numel() * tensor.element_size() for tensor in contiguous.values())
-
-    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        path = self.partial / name
-        path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        _sync(path)
-
-    def _copy_other_files(self) -> None:
-        """Tokenizer, generation config, chat templates, licence: all small files beside the weights, unchanged."""
-        skipped = ("config.json", ".*", "*.safetensors", "*.index.json", *FOREIGN_WEIGHTS)
-        folder = self._source.folder
-        for path in sorted([*folder.iterdir(), *(file for name in _SUBFOLDERS for file in (folder / name).glob("*"))]):
-            if path.is_file() and not any(path.match(pattern) for pattern in skipped):
-                target = self.partial / path.relative_to(folder)
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, target)
-                _sync(target)
+    def _untied(self) -> list[str]:
+        """The output embedding's name, if it shares the input embedding's weight and one of them is quantized."""
+        model = self._source.model
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        if head is None or head.weight is not embedding.weight:
+            return []
+        names = {module: name for name, module in model.named_modules()}
+        pair = {names[head], names[embedding]}
+        return [names[head]] if pair & self._manifest.schemes.keys() else []
 
 
-def _lock(mark: IO[str], partial: Path) -> None:
-    try:
-        fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise CalibrationError(f"another run is writing {partial}; wait for it or choose another folder") from error
+def _shape(module: nn.Module) -> tuple[int, int]:
+    rows, columns = cast(Tensor, module.weight).shape
+    return rows, columns
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

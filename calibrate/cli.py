@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
 
-from calibrate.config import DEFAULT_DATASET, FORMATS, RECIPES, CalibrationConfig, CalibrationError, KVCache
+from calibrate.config import DEFAULT_DATASET, RECIPES, CalibrationConfig, CalibrationError, KVCache
+from calibrate.formats import FORMATS, subfolder
 from vllm_autoround.format.errors import ManifestError, SchemeError
 
 _RECIPES_HELP = "\n".join(
@@ -32,6 +34,13 @@ _SCHEMES_HELP = """schemes:
   NVFP4 MXFP4 MXFP8, and with A16 behind them for weights only"""
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Breaks no line inside a name such as compressed-tensors: names are there to be copied."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``vllm-autoround``; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -45,9 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("inspect", _add_inspect, "show what a checkpoint holds"),
         ("convert", _add_convert, "write a checkpoint in another format, without loss or not at all"),
     ):
-        command = commands.add_parser(
-            name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        command = commands.add_parser(name, help=summary, description=summary, formatter_class=_HelpFormatter)
         add_arguments(command)
     return _run(parser.parse_args(argv))
 
@@ -226,9 +233,14 @@ def _calibrate(args: argparse.Namespace) -> int:
     except NonFiniteError as error:
         print(f"vllm-autoround calibrate: stopped, nothing was written: {error}", file=sys.stderr)
         return 1
-    print(inspection_table(inspect_checkpoint(args.out)))
-    print(f"\n{report['seconds']:.0f} s; report in {args.out / 'report.json'}")
-    print(f"serve it with: vllm serve {args.out} --quantization autoround")
+    folders = [args.out] if len(args.format) == 1 else [args.out / subfolder(name) for name in args.format]
+    for folder in folders:
+        if not (folder / "config.json").exists():
+            print(f"{folder} is for llama.cpp")
+            continue
+        print(inspection_table(inspect_checkpoint(folder)))
+        print(f"serve it with: vllm serve {folder} --quantization autoround\n")
+    print(f"{report['seconds']:.0f} s; report in {args.out / 'report.json'}")
     return 0
 
 
@@ -237,6 +249,16 @@ def _gate(args: argparse.Namespace) -> int:
 
     fields = {key: value for key, value in vars(args).items() if key != "command"}
     return 0 if run_gate(GateConfig(**fields)).passed else 1
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from calibrate.convert import convert
+
+    report = convert(args.source, args.out, args.format)
+    print(
+        f"{args.out}: the same weights as {args.source}, bit for bit, as {args.format} ({report['bytes'] / 1e6:.1f} MB)"
+    )
+    return 0
 
 
 def _inspect(args: argparse.Namespace) -> int:

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
+from calibrate.formats import FORMATS
 from vllm_autoround.format.errors import SchemeError
 
 if TYPE_CHECKING:
     from vllm_autoround.format.scheme import QuantScheme
 
 DEFAULT_DATASET = "NeelNanda/pile-10k"
-FORMATS = ("compressed-tensors",)
 IGNORE = "ignore"  # the scheme of a layer that stays as it is
 
 Dataset = str | Sequence[str] | Sequence[Sequence[int]]
@@ -87,7 +87,7 @@ class CalibrationConfig:
     gradient_accumulate_steps: int = 1
     device: str = "auto"
     seed: int = 42
-    format: str | Iterable[str] = FORMATS[0]
+    format: str | Iterable[str] = "compressed-tensors"
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_autoround.format.manifest import KV_SCALES, MARKER, verify_tensors
-from vllm_autoround.format.reader import read_config, read_manifest, read_tensors, tensor_bytes
+from vllm_autoround.format.manifest import KV_SCALES, MARKER, Manifest
+from vllm_autoround.format.reader import TensorHeader, read_config, read_manifest, read_tensors, tensor_headers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +29,8 @@ class Inspection:
     """What `inspect` shows."""
 
     model_type: str
+    dialect: str  # the quant_method of its config
+    layouts: dict[str, int]  # of the tensors -> layers
     schemes: list[SchemeSummary]
     average_bits: float  # of the quantized layers
     size_bytes: int
@@ -41,27 +45,22 @@ class Inspection:
 
 
 def inspect_checkpoint(folder: Path) -> Inspection:
-    """Summarize a checkpoint.
+    """Summarize a checkpoint in any dialect that can be read.
 
     Raises:
         ManifestError: it cannot be read with certainty, or its tensors are not those that it promises.
     """
     config, manifest = read_config(folder), read_manifest(folder)
-    sizes = tensor_bytes(folder)
-    verify_tensors(manifest, sizes)
-    shapes = {name.rpartition(".")[0]: t.tolist() for name, t in read_tensors(folder, (".weight_shape",))}
-    weights = {layer: math.prod(shapes[layer]) for layer in manifest.schemes}
+    headers = tensor_headers(folder)
+    weights = {layer: math.prod(size) for layer, size in _sizes(folder, manifest, headers).items()}
     stored = {layer: 0 for layer in manifest.schemes}
-    original = 0
-    for name, size in sizes.items():
+    original = sum(weights.values()) * _bytes_of(config)
+    for name, header in headers.items():
         layer, _, suffix = name.rpartition(".")
-        if layer not in stored or suffix == "bias":
-            original += 0 if suffix in KV_SCALES else size
-            continue
-        stored[layer] += size
-        if suffix == "weight_scale":  # in the dtype of the weights
-            rows, columns = shapes[layer]
-            original += weights[layer] * size // (rows * manifest.schemes[layer].groups(columns))
+        if layer in stored and suffix != "bias":
+            stored[layer] += header.bytes
+        elif suffix not in KV_SCALES:
+            original += header.bytes
     kv_scales: dict[str, list[float]] = {suffix: [] for suffix in KV_SCALES}
     for name, tensor in read_tensors(folder, KV_SCALES):
         kv_scales[name.rpartition(".")[2]] += tensor.flatten().tolist()
@@ -71,6 +70,8 @@ def inspect_checkpoint(folder: Path) -> Inspection:
         layers_of.setdefault(str(scheme), []).append(layer)
     return Inspection(
         model_type=config.get("model_type", "unknown"),
+        dialect=config["quantization_config"]["quant_method"],
+        layouts=dict(Counter(map(manifest.layout_name, manifest.schemes))),
         schemes=[
             SchemeSummary(
                 scheme=scheme,
@@ -82,7 +83,7 @@ def inspect_checkpoint(folder: Path) -> Inspection:
             for scheme, layers in layers_of.items()
         ],
         average_bits=_bits(list(manifest.schemes), stored, weights),
-        size_bytes=sum(sizes.values()),
+        size_bytes=sum(header.bytes for header in headers.values()),
         original_size_bytes=original,
         kv_cache=manifest.kv_cache,
         kv_scale_ranges={name: (min(values), max(values)) for name, values in kv_scales.items() if values},
@@ -92,14 +93,17 @@ def inspect_checkpoint(folder: Path) -> Inspection:
 
 def inspection_table(inspection: Inspection) -> str:
     """The table that `inspect` prints."""
-    lines = [f"{'scheme':<32}{'layers':>8}{'weights':>14}{'bits/weight':>13}  e.g."]
+    width = max([len(s.scheme) for s in inspection.schemes] + [30]) + 2
+    lines = [f"{'scheme':<{width}}{'layers':>8}{'weights':>14}{'bits/weight':>13}  e.g."]
     lines += [
-        f"{s.scheme:<32}{s.layers:>8}{s.weights:>14,}{s.bits_per_weight:>13.3f}  {s.examples[0]}"
+        f"{s.scheme:<{width}}{s.layers:>8}{s.weights:>14,}{s.bits_per_weight:>13.3f}  {s.examples[0]}"
         for s in inspection.schemes
     ]
+    layouts = ", ".join(f"{name} ({count} layers)" for name, count in inspection.layouts.items())
     size, original = inspection.size_bytes, inspection.original_size_bytes
     lines += [
         "",
+        f"dialect     {inspection.dialect}, tensors {layouts}",
         f"average     {inspection.average_bits:.3f} bits a quantized weight",
         f"size        {size / 1e6:.2f} MB, {original / 1e6:.2f} MB unquantized ({original / size:.2f}x smaller)",
     ]
@@ -107,10 +111,27 @@ def inspection_table(inspection: Inspection) -> str:
         ranges = ", ".join(
             f"{name} {low:.3g} to {high:.3g}" for name, (low, high) in inspection.kv_scale_ranges.items()
         )
-        lines.append(f"KV cache    {inspection.kv_cache} e4m3, static per tensor: {ranges}")
+        per = "head" if inspection.kv_cache == "fp8_per_head" else "tensor"
+        lines.append(f"KV cache    fp8 e4m3, static per {per}: {ranges}")
     else:
         lines.append("KV cache    as the model")
     return "\n".join(lines)
+
+
+def _sizes(folder: Path, manifest: Manifest, headers: Mapping[str, TensorHeader]) -> dict[str, tuple[int, ...]]:
+    """Rows and columns of each quantized layer, which packed words alone do not always tell."""
+    sizes: dict[str, tuple[int, ...]] = {}
+    for layer, scheme in manifest.schemes.items():
+        shapes = {suffix: headers[f"{layer}.{suffix}"].shape for suffix in manifest.suffixes(layer)}
+        sizes[layer] = manifest.layout_of(layer).size(shapes, scheme)
+    stated = {name.rpartition(".")[0]: tuple(t.tolist()) for name, t in read_tensors(folder, (".weight_shape",))}
+    return sizes | {layer: size for layer, size in stated.items() if layer in sizes}
+
+
+def _bytes_of(config: Mapping[str, Any]) -> int:
+    """Bytes of one weight of the unquantized model."""
+    dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    return 4 if str(dtype).endswith("float32") else 2
 
 
 def _bits(layers: list[str], stored: dict[str, int], weights: dict[str, int]) -> float:

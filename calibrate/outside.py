@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from calibrate.activations import InputStatistics
-from calibrate.blocks import token_parts
+from calibrate.activations import InputStatistics, recorded_inputs
 from calibrate.config import CalibrationConfig
 from calibrate.plan import Plan
 from calibrate.tail import ModelTail
@@ -75,23 +74,7 @@ def _head_statistics(
 ) -> dict[str, InputStatistics]:
     """Statistics of what each of these layers is fed after the blocks."""
     tail = ModelTail(model, plan.blocks, plan.device, plan.compute_dtype)
-    seen: dict[str, InputStatistics] = {}
-
-    def observe(name: str, x: Tensor) -> None:
-        statistics = InputStatistics.of(x)
-        seen[name].merge(statistics) if name in seen else seen.update({name: statistics})
-
-    hooks = [
-        tail.model.get_submodule(name).register_forward_pre_hook(
-            lambda _module, args, name=name: observe(name, args[0])
-        )
-        for name in names
-    ]
-    try:
-        for part in token_parts(hidden):
-            for sample in part:
-                tail.logits(sample[None].to(plan.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with recorded_inputs(tail.model, names) as seen:
+        for sample in hidden:
+            tail.logits(sample[None].to(plan.device))
     return seen

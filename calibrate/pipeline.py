@@ -53,7 +53,7 @@ def calibrate(model: str | Path, out: str | Path, **settings: Any) -> dict[str, 
     bench = Workbench(plan.device, plan.compute_dtype)
 
     with (
-        CheckpointWriter(plan.out, source, plan.blocks, config.formats) as writer,
+        CheckpointWriter(plan.out, source, plan.blocks, plan.manifest, config.formats) as writer,
         progress_bars(len(plan.blocks), config.tuning.iters) as progress,
     ):
         for index, block in enumerate(plan.blocks):
@@ -97,10 +97,7 @@ def calibrate(model: str | Path, out: str | Path, **settings: Any) -> dict[str, 
         heads, scales = quantize_heads(source.model, plan, config, quantized)
         writer.write_outside({**outside, **heads}, scales)
         versions = environment(plan.device)
-        writer.complete(
-            plan.manifest,
-            {"version": versions["vllm-autoround"], "scheme": config.scheme, "tuning": asdict(config.tuning)},
-        )
+        writer.complete({"version": versions["vllm-autoround"], "tuning": asdict(config.tuning)})
         report = {
             "model": source.name,
             "model_revision": source.revision,
@@ -108,7 +105,11 @@ def calibrate(model: str | Path, out: str | Path, **settings: Any) -> dict[str, 
             "tuning": asdict(config.tuning),
             "samples_sha256": hashlib.sha256(plan.samples.numpy().tobytes()).hexdigest(),
             "environment": versions,
-            "checkpoint": inspect_checkpoint(writer.partial).as_json(),
+            "checkpoints": {
+                name: inspect_checkpoint(folder).as_json()
+                for name, folder in writer.folders.items()
+                if (folder / "config.json").exists()  # GGUF is a single file
+            },
             "blocks": [asdict(block) for block in reports],
             "seconds": watch.seconds(),
             "peak_memory": peak_memory(plan.device),
@@ -146,7 +147,8 @@ def _calibrate_block(
     schemes = plan.schemes(block)
     advance(working.module, original, working.arguments)
     # On the quantized chain: what the layers will be fed when they are served.
-    statistics = observe_inputs(working.module, schemes, quantized, working.arguments)
+    needed = [name for name, s in schemes.items() if config.tuning.scale_search or s.activations is not None]
+    statistics = observe_inputs(working.module, needed, quantized, working.arguments)
     inputs = quantized_inputs_of(schemes, statistics)
     with working.quantized_inputs(inputs):
         tuned = tune_block(

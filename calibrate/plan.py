@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from calibrate.blocks import Block, find_blocks
-from calibrate.checkpoint import PARTIAL_MARK, partial_folder
+from calibrate.checkpoint import format_problems
 from calibrate.config import CalibrationConfig, CalibrationError
 from calibrate.data import load_samples
 from calibrate.layer_schemes import assign_schemes, stock_problems
+from calibrate.partial import occupied
 from calibrate.source import Source
 from vllm_autoround.format.errors import SchemeError
 from vllm_autoround.format.manifest import Manifest
@@ -59,6 +59,26 @@ def make_plan(source: Source, out: Path, config: CalibrationConfig) -> Plan:
     """
     out = out.resolve()
     blocks = find_blocks(source.model)
+    manifest, problems = _make_manifest(source, blocks, config)
+    problems += _damage(source) + _setting_problems(source, config)
+    problems += _output_problems(source, out, copies=len(config.formats))
+    device, samples = torch.device("cpu"), torch.empty(0)
+    try:
+        device = resolve_device(config.device)
+    except CalibrationError as error:
+        problems.append(str(error))
+    try:
+        samples = _load_samples(source, config)
+    except CalibrationError as error:
+        problems.append(str(error))
+    if problems:
+        raise CalibrationError("\n".join(problems))
+
+    return Plan(out, blocks, samples, manifest, device, compute_dtype(device, source.model.dtype))
+
+
+def _make_manifest(source: Source, blocks: list[Block], config: CalibrationConfig) -> tuple[Manifest, list[str]]:
+    """What will be quantized how, and every reason why not."""
     inside = {f"{block.name}.{name}": layer for block in blocks for name, layer in block.linears().items()}
     outside = _outside_layers(source, inside)
     schemes, problems = assign_schemes(config, list(inside), list(outside))
@@ -72,26 +92,10 @@ def make_plan(source: Source, out: Path, config: CalibrationConfig) -> Plan:
         problems += stock_problems(schemes, inside)
     if not schemes:
         problems.append("no layer is left to quantize")
-    problems += _damage(source) + _setting_problems(source, config) + _output_problems(source, out)
-    device, samples = torch.device("cpu"), torch.empty(0)
-    try:
-        device = resolve_device(config.device)
-    except CalibrationError as error:
-        problems.append(str(error))
-    try:
-        samples = _load_samples(source, config)
-    except CalibrationError as error:
-        problems.append(str(error))
-    if problems:
-        raise CalibrationError("\n".join(problems))
-
     linears = [*inside, *(name for name, layer in outside.items() if isinstance(layer, nn.Linear))]
-    manifest = Manifest(
-        schemes=schemes,
-        ignore=tuple(name for name in linears if name not in schemes),
-        kv_cache=config.kv_cache,
-    )
-    return Plan(out, blocks, samples, manifest, device, compute_dtype(device, source.model.dtype))
+    ignore = tuple(name for name in linears if name not in schemes)
+    manifest = Manifest(schemes=schemes, ignore=ignore, kv_cache=config.kv_cache)
+    return manifest, problems + format_problems(config.formats, manifest, source)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -184,18 +188,11 @@ def _setting_problems(source: Source, config: CalibrationConfig) -> list[str]:
     return problems
 
 
-def _output_problems(source: Source, out: Path) -> list[str]:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        return [f"{out} exists and is not an empty folder; choose another or remove it"]
-    if out.is_mount():
-        return [f"{out} is a mount point, which cannot be replaced at the end; choose a folder in it"]
-    partial = partial_folder(out)
-    if partial.exists() and not (partial / PARTIAL_MARK).is_file() and (not partial.is_dir() or any(partial.iterdir())):
-        return [f"{partial} is in the way: the checkpoint is collected under that name; rename it"]
+def _output_problems(source: Source, out: Path, *, copies: int) -> list[str]:
+    if reason := occupied(out):
+        return [reason]
     existing = next(parent for parent in out.parents if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        return [f"{existing} is not a folder that can be written to"]
-    needed = sum(p.numel() * p.element_size() for p in source.model.parameters()) + _DISK_RESERVE
+    needed = copies * sum(p.numel() * p.element_size() for p in source.model.parameters()) + _DISK_RESERVE
     free = shutil.disk_usage(existing).free
     if free < needed:
         return [f"{existing} has {free >> 20} MiB free, up to {needed >> 20} MiB are needed"]

@@ -1,11 +1,12 @@
 """Where tuning starts: for every group the clips with the least squared error, weighted by the activations.
 
-A fine grid over the scale costs little beside tuning and is worth a large part of it; with few bits the full range is
-far from the best one.
+A grid over the scale, coarse and then finer around the best, costs little beside tuning and is worth a large part of
+it; with few bits the full range is far from the best one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 
 import torch
@@ -13,11 +14,11 @@ from torch import Tensor
 
 from calibrate.compilation import compiled
 from calibrate.rounding import Rounding, Target, group_errors
-from vllm_autoround.format.weights import Bounds
+from vllm_autoround.format.weights import Bounds, Float8, Integer, Mx, NvFp4, WeightType
 
-_SYMMETRIC = torch.linspace(0.4, 1.2, 65).tolist()
-_ASYMMETRIC = torch.linspace(0.4, 1.1, 22).tolist()
 MOST_CLIP = 2.0  # tuning may widen the range again
+
+_Errors = Callable[[Target, Rounding, Tensor], Tensor]
 
 
 def search_scales(target: Target, importance: Tensor) -> tuple[Target, Rounding]:
@@ -34,24 +35,65 @@ def search_scales(target: Target, importance: Tensor) -> tuple[Target, Rounding]
     if target.type.symmetric:
         amax = torch.maximum(-target.bounds.low, target.bounds.high)
         target = Target(target.weight, Bounds(-amax, amax), target.type, target.global_scale)
-        candidates = [(0.0, ratio) for ratio in _SYMMETRIC]
-        if target.type.signed_scale:
-            candidates += [(ratio, 0.0) for ratio in _SYMMETRIC]
-    else:
-        candidates = list(product(_ASYMMETRIC, _ASYMMETRIC))
-
     errors = group_errors if target.weight.device.type == "cpu" else compiled(group_errors)
     ones = torch.ones_like(target.bounds.low)
-    best, least = Rounding.nearest(target, ones, ones), torch.full_like(ones, float("inf"))
-    for low_clip, high_clip in candidates:
+    nearest = Rounding.nearest(target, ones, ones)
+    best, least = nearest, errors(target, nearest, importance)
+    for low_clip, high_clip in _coarse(target.type):
         # Tensors, so that one compilation serves all candidates.
-        candidate = Rounding(best.offset, ones * low_clip, ones * high_clip)
-        error = errors(target, candidate, importance)
-        better = error < least
-        least = torch.where(better, error, least)
-        best = Rounding(
-            best.offset,
-            torch.where(better, candidate.low_clip, best.low_clip),
-            torch.where(better, candidate.high_clip, best.high_clip),
-        )
+        best, least = _better(target, best, least, ones * low_clip, ones * high_clip, importance, errors)
+    for step in _fine(target.type):
+        start = best
+        for low_step, high_step in step:
+            clips = (_move(start.low_clip, low_step), _move(start.high_clip, high_step))
+            best, least = _better(target, best, least, *clips, importance, errors)
     return target, best
+
+
+def _better(
+    target: Target,
+    best: Rounding,
+    least: Tensor,
+    low_clip: Tensor,
+    high_clip: Tensor,
+    importance: Tensor,
+    errors: _Errors,
+) -> tuple[Rounding, Tensor]:
+    """For each group the better of the best clips so far, whose errors are ``least``, and these."""
+    error = errors(target, Rounding(best.offset, low_clip, high_clip), importance)
+    won = error < least
+    clips = (torch.where(won, low_clip, best.low_clip), torch.where(won, high_clip, best.high_clip))
+    return Rounding(best.offset, *clips), torch.where(won, error, least)
+
+
+def _move(clip: Tensor, step: float) -> Tensor:
+    """A clip of 0 stays out of the range."""
+    return torch.where(clip > 0, clip + step, clip)
+
+
+def _coarse(kind: WeightType) -> list[tuple[float, float]]:
+    """Clips to begin with; as fine as the type's scales are, where these are coarse."""
+    match kind:
+        case Integer(symmetric=False):
+            ratios = torch.linspace(0.4, 1.1, 8).tolist()
+            return list(product(ratios, ratios))
+        case Mx():  # powers of two
+            ratios = [0.5, 1.0, 2.0]
+        case NvFp4():  # three bits of mantissa; wider ranges are better before tuning and worse after it
+            ratios = torch.linspace(0.6, 1.2, 13).tolist()
+        case Float8():  # the grid is as fine at one scale as at another
+            ratios = [1.0]
+        case _:
+            ratios = torch.linspace(0.4, 1.2, 17).tolist()
+    high = [(0.0, ratio) for ratio in ratios]
+    return [*high, *((ratio, 0.0) for ratio in ratios)] if kind.signed_scale else high
+
+
+def _fine(kind: WeightType) -> list[list[tuple[float, float]]]:
+    """Rounds of steps away from the best clips so far."""
+    if not isinstance(kind, Integer):
+        return []
+    if kind.symmetric:
+        return [[(step, step) for step in (-0.025, 0.025)], [(step, step) for step in (-0.0125, 0.0125)]]
+    around = (-1, 0, 1)
+    return [[(size * i, size * j) for i, j in product(around, around) if i or j] for size in (0.05, 0.025)]

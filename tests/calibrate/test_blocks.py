@@ -30,6 +30,10 @@ def test_the_chain_of_blocks_equals_the_model(family_model: tf.PreTrainedModel) 
     assert all("forward" not in vars(block.module) for block in blocks)  # the stand-ins are gone
 
 
+def captured_kv_heads(model: tf.PreTrainedModel) -> int:
+    return getattr(model.config, "num_key_value_heads", model.config.num_attention_heads)
+
+
 @torch.no_grad()
 def test_kv_ranges_are_those_of_the_cache(family_model: tf.PreTrainedModel) -> None:
     """The oracle is transformers' own KV cache, which holds keys and values after RoPE."""
@@ -55,16 +59,22 @@ def test_kv_ranges_are_those_of_the_cache(family_model: tf.PreTrainedModel) -> N
         if not hasattr(block.module.self_attn, "q_norm"):
             # What vLLM's attention gets: the unscaled projection. RoPE turns pairs: a factor of sqrt(2) at most.
             peak[index]["q"] = torch.cat(queries).abs().max().item()
-            ratio = ranges.scales(block.module, block.name)[f"{block.name}.self_attn.q_scale"].item()
+            ratio = ranges.scales(block.module, block.name, per_head=False)[f"{block.name}.self_attn.q_scale"].item()
             ratio /= peak[index]["q"] / 448
             assert 0.7 < ratio < 1.42 if family_model.config.model_type != "opt" else 1 - 1e-5 <= ratio <= 1 + 2**-7
         hidden = plain
-        scales = ranges.scales(block.module, block.name)
+        scales = ranges.scales(block.module, block.name, per_head=False)
         assert set(scales) == {f"{block.name}.self_attn.{letter}_scale" for letter in "qkv"}
         for letter in "kv":
             scale = scales[f"{block.name}.self_attn.{letter}_scale"].item()
             exact = peak[index][letter] / 448
             assert exact * (1 - 1e-5) <= scale <= exact * (1 + 2**-7)  # rounded up to bfloat16: 8 significant bits
+        heads = ranges.scales(block.module, block.name, per_head=True)
+        for letter, count in zip("qkv", (4, *2 * (captured_kv_heads(family_model),)), strict=True):
+            name = f"{block.name}.self_attn.{letter}_scale"
+            assert heads[name].shape == (count, 1, 1)
+            assert heads[name].amax() == scales[name]
+            assert len(heads[name].unique()) > 1
 
 
 def test_fused_experts_are_named() -> None:

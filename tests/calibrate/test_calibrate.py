@@ -22,6 +22,7 @@ from calibrate.inspection import inspect_checkpoint
 from calibrate.source import load_source
 from tests.calibrate.conftest import COMMON, make_model
 from tests.conftest import DEMO_MODEL, DEMO_SETTINGS, REPOSITORY
+from vllm_autoround.format.manifest import Manifest
 from vllm_autoround.format.reader import dequantized_state_dict, read_manifest, tensor_files
 
 QUICK: dict[str, Any] = {"iters": 2, "batch_size": 2, "seqlen": 64, "nsamples": 4}
@@ -43,7 +44,7 @@ def test_files_and_report(demo_checkpoint: Path) -> None:
     config = json.loads((demo_checkpoint / "config.json").read_text())
     original = json.loads((DEMO_MODEL / "config.json").read_text())
     assert {key: config[key] for key in original} == original
-    assert config["vllm_autoround"]["format_version"] == 1
+    assert config["vllm_autoround"]["format_version"] == 2
     assert "vllm_autoround" not in config["quantization_config"]
     index = json.loads((demo_checkpoint / "model.safetensors.index.json").read_text())["weight_map"]
     assert index == {name: path.name for name, path in tensor_files(demo_checkpoint).items()}
@@ -63,7 +64,7 @@ def test_inspection(demo_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -
     assert inspection.original_size_bytes == sum(t.nbytes for t in load_file(DEMO_MODEL / "model.safetensors").values())
     assert [scheme.layers for scheme in inspection.schemes] == [28]
     assert main(["inspect", str(demo_checkpoint)]) == 0
-    assert "W4A16 symmetric g128" in capsys.readouterr().out
+    assert "int4 symmetric g128" in capsys.readouterr().out
     assert main(["inspect", str(demo_checkpoint), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kv_cache"] == "fp8"
 
@@ -157,7 +158,9 @@ def test_every_problem_is_reported_at_once_before_any_work(tmp_path: Path, demo_
             group_size=256,
             dataset=demo_texts[:1],
             ignore=["model.layers.0.self_attn.q_proj", "model.layers.9.mlp"],
+            stock_vllm=True,
             seqlen=4096,
+            batch_size=8,
             nsamples=2,
             device="cuda:99",
         )
@@ -165,8 +168,8 @@ def test_every_problem_is_reported_at_once_before_any_work(tmp_path: Path, demo_
     for part in (
         "model.layers.2.mlp.up_proj.weight has values that are not finite",
         "model.norm.weight has values that are not finite",
-        "model.layers.0.self_attn: vLLM fuses q_proj, k_proj, v_proj into one layer; ignore all of them or none",
-        "ignore 'model.layers.9.mlp' matches no linear layer; names look like model.layers.0.self_attn.q_proj",
+        "model.layers.0.self_attn: stock vLLM fuses q_proj, k_proj, v_proj into one layer and needs one scheme for it",
+        "'model.layers.9.mlp' matches no layer; names look like model.layers.0.self_attn.q_proj",
         "seqlen 4096 is more than the model's 2048 positions; use --seqlen 2048",
         "batch-size 8 is more than nsamples 2",
         "device 'cuda:99' cannot be used",
@@ -261,7 +264,7 @@ def test_a_killed_run_leaves_no_checkpoint_and_the_next_one_succeeds(tmp_path: P
     inspect_checkpoint(out)
 
 
-def test_help_fits_two_screens_and_states_the_defaults() -> None:
+def test_help_states_the_defaults_schemes_and_recipes() -> None:
     run = subprocess.run(
         [sys.executable, "-m", "calibrate", "--help"],
         cwd=REPOSITORY,
@@ -270,10 +273,12 @@ def test_help_fits_two_screens_and_states_the_defaults() -> None:
         text=True,
         check=True,
     )
-    assert len(run.stdout.splitlines()) <= 56
+    assert len(run.stdout.splitlines()) <= 100
     for flag in ("scheme", "group-size", "kv-cache", "dataset", "recipe", "iters", "batch-size", "lr", "seqlen"):
         assert f"--{flag}" in run.stdout
-    for default in ("W4A16", "128", "autoround", "NeelNanda/pile-10k", "42", "auto"):
+    for name in ("W3A16_ASYM", "FP8_STATIC", "NVFP4", "MXFP4", "gguf:q4_0", "autoround-best"):
+        assert name in run.stdout
+    for default in ("W4A16", "128", "default", "compressed-tensors", "NeelNanda/pile-10k", "42", "auto"):
         assert f"default: {default})" in " ".join(run.stdout.split())
 
 
@@ -286,7 +291,7 @@ def test_missing_tensors_are_not_made_up(tmp_path: Path, demo_texts: list[str]) 
 def test_a_whole_block_may_be_ignored(tmp_path: Path, demo_texts: list[str]) -> None:
     out = tmp_path / "out"
     report = calibrate(DEMO_MODEL, out, dataset=demo_texts, ignore={r"re:model\.layers\.0\."}, **QUICK)
-    assert report["blocks"][0]["rtn_db"] is None  # no error at all
+    assert report["blocks"][0]["start_db"] is None  # no error at all
     assert report["blocks"][0]["layers"] == {}
     assert len(read_manifest(out).schemes) == 21
     json.loads((out / "report.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
@@ -297,7 +302,7 @@ def test_float16_models_keep_their_type(tmp_path: Path, demo_texts: list[str]) -
     tf.AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float16).save_pretrained(source)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (source / name).write_bytes((DEMO_MODEL / name).read_bytes())
-    calibrate(source, out, scheme="W8A16", dataset=demo_texts, **{**QUICK, "iters": 0})
+    calibrate(source, out, scheme="W8A16", dataset=demo_texts, scale_search=False, **{**QUICK, "iters": 0})
     tensors = {name: load_file(path)[name] for name, path in tensor_files(out).items()}
     assert tensors["model.layers.0.mlp.up_proj.weight_scale"].dtype == torch.float16
     state, original = dequantized_state_dict(out, torch.float32), load_file(source / "model.safetensors")
@@ -334,17 +339,20 @@ def test_a_partial_folder_that_is_not_ours_is_left_alone(tmp_path: Path, demo_te
     assert mine.read_text() == "mine"
 
 
-def test_a_second_run_to_the_same_folder_is_refused(tmp_path: Path) -> None:
+def writer_of_nothing(out: Path) -> CheckpointWriter:
     source = load_source(str(DEMO_MODEL), trust_remote_code=False)
-    first, second = (CheckpointWriter(tmp_path / "out", source, []) for _ in range(2))
+    return CheckpointWriter(out, source, [], Manifest(schemes={}))
+
+
+def test_a_second_run_to_the_same_folder_is_refused(tmp_path: Path) -> None:
+    first, second = (writer_of_nothing(tmp_path / "out") for _ in range(2))
     with first, pytest.raises(CalibrationError, match=r"another run is writing .*out.partial"), second:
         pass
 
 
 def test_a_finished_checkpoint_is_kept_when_its_name_was_taken(tmp_path: Path) -> None:
-    source = load_source(str(DEMO_MODEL), trust_remote_code=False)
     out = tmp_path / "out"
-    with CheckpointWriter(out, source, []) as writer:
+    with writer_of_nothing(out) as writer:
         out.mkdir()
         (out / "theirs.txt").write_text("theirs")
         with pytest.raises(CalibrationError, match=r"the finished checkpoint is .*out.partial"):

@@ -83,7 +83,7 @@ def test_greedy_tokens_equal_transformers_on_the_dequantized_weights(
     methods = {name: method for name, method in result["methods"].items() if "lm_head" not in name}
     assert set(methods.values()) == {"AutoRoundLinearMethod"}
     assert len(methods) == 4 * 4  # qkv, o, gate_up and down in four blocks
-    kernels = set(re.findall(r"(\w+) of W4A16 symmetric g128: the float32 reference", result["log"]))
+    kernels = set(re.findall(r"(\w+) of int4 symmetric g128, 16-bit activations: the float32 reference", result["log"]))
     assert kernels == {"QKVParallelLinear", "RowParallelLinear", "MergedColumnParallelLinear"}
 
 

@@ -65,8 +65,7 @@ class ActivationType:
             return (power_of_two(amax) * 2.0**-self.grid.max_exponent).clamp(min=2.0**-126)
         if self.scale == "e4m3":
             assert static is not None
-            scale = E4M3.round(amax * (static / self.grid.highest)).clamp(min=2.0**-9)
-            return scale / static
+            return E4M3.round(static * (amax / self.grid.highest)).clamp(min=2.0**-9) / static
         return (amax / self.grid.highest).clamp(min=_LEAST)
 
     def args(self) -> dict[str, Any]:

@@ -22,11 +22,13 @@ KVCache = Literal["fp8", "fp8_per_head"]  # e4m3 with one static scale per tenso
 _QUANTIZED_SUFFIXES = (
     "weight_packed",
     "weight_scale",
+    "weight_scale_inv",
     "weight_shape",
     "weight_zero_point",
     "weight_global_scale",
     "input_scale",
     "input_global_scale",
+    "weight_g_idx",
     "qweight",
     "qzeros",
     "scales",
@@ -41,20 +43,25 @@ class Manifest:
     schemes: Mapping[str, QuantScheme]  # full module name -> scheme
     ignore: tuple[str, ...] = ()  # linear layers left as they were
     kv_cache: KVCache | None = None
+    kv_scales: tuple[str, ...] = KV_SCALES  # of each attention layer with one, if kv_cache; other tools leave q out
     layout: str = COMPRESSED_TENSORS  # of the layers in `LAYOUTS`
     other_layouts: Mapping[str, str] = field(default_factory=dict)  # layer -> layout, where it is another
 
     def layout_of(self, layer: str) -> Layout:
         """The layout of a layer's tensors."""
-        return LAYOUTS[self.other_layouts.get(layer, self.layout)]
+        return LAYOUTS[self.layout_name(layer)]
+
+    def layout_name(self, layer: str) -> str:
+        """Its key in `LAYOUTS`."""
+        return self.other_layouts.get(layer, self.layout)
 
     def layer_tensors(self) -> set[str]:
         """Names of every tensor that the quantized layers need."""
-        return {
-            f"{layer}.{suffix}"
-            for layer, scheme in self.schemes.items()
-            for suffix in self.layout_of(layer).specs(scheme, 0, 0, torch.bfloat16)
-        }
+        return {f"{layer}.{suffix}" for layer in self.schemes for suffix in self.suffixes(layer)}
+
+    def suffixes(self, layer: str) -> set[str]:
+        """Suffixes of the tensors that a quantized layer needs."""
+        return set(self.layout_of(layer).specs(self.schemes[layer], 1, 1, torch.bfloat16))
 
 
 def verify_tensors(manifest: Manifest, names: Collection[str]) -> None:
@@ -77,5 +84,5 @@ def verify_tensors(manifest: Manifest, names: Collection[str]) -> None:
     if manifest.kv_cache and not scales:
         raise ManifestError("kv_cache_scheme promises KV-cache scales, but there are none")
     for attention in sorted({name.rpartition(".")[0] for name in scales}):
-        if missing := [scale for scale in KV_SCALES if f"{attention}.{scale}" not in scales]:
+        if missing := [scale for scale in manifest.kv_scales if f"{attention}.{scale}" not in scales]:
             raise ManifestError(f"{attention} has KV-cache scales but lacks {' and '.join(missing)}")

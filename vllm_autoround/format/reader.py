@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vllm_autoround.format import dialects
 from vllm_autoround.format.errors import ManifestError
-from vllm_autoround.format.manifest import KV_SCALES, Manifest
+from vllm_autoround.format.manifest import KV_SCALES, MARKER, Manifest
 from vllm_autoround.format.weights import QuantizedWeight
 
 
@@ -33,9 +33,17 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest in config.json; raises ManifestError for what is not understood."""
+    """The manifest of a checkpoint in any dialect, compared with the names and shapes of its tensors.
+
+    Raises:
+        ManifestError: what is not understood, or does not fit.
+    """
+    config = read_config(folder)
     shapes = {name: entry.shape for name, entry in tensor_headers(folder).items()}
-    return dialects.read_manifest(read_config(folder)["quantization_config"], shapes)
+    manifest = dialects.read_manifest(config["quantization_config"], shapes)
+    if MARKER in config and manifest.kv_cache and manifest.kv_scales != KV_SCALES:
+        raise ManifestError(f"{folder} has KV-cache scales without q_scale, which our checkpoints always have")
+    return manifest
 
 
 class TensorHeader(NamedTuple):
@@ -87,18 +95,23 @@ def tensor_headers(folder: Path) -> dict[str, TensorHeader]:
 
 
 def quantized_layers(folder: Path, manifest: Manifest) -> Iterator[tuple[str, QuantizedWeight]]:
-    """Every quantized layer's full name and weight, file by file."""
+    """Every quantized layer's full name and weight, file by file.
+
+    Raises:
+        ManifestError: a layer whose tensors are not those of its scheme, or cannot be what was meant.
+    """
     waiting: dict[str, dict[str, Tensor]] = {layer: {} for layer in manifest.schemes}
-    needed = {
-        layer: set(manifest.layout_of(layer).specs(scheme, 0, 0, torch.bfloat16))
-        for layer, scheme in manifest.schemes.items()
-    }
+    needed = {layer: manifest.suffixes(layer) for layer in manifest.schemes}
     for name, tensor in read_tensors(folder):
         layer, _, suffix = name.rpartition(".")
         if suffix in needed.get(layer, ()):
             waiting[layer][suffix] = tensor
             if waiting[layer].keys() == needed[layer]:
-                yield layer, manifest.layout_of(layer).from_tensors(waiting.pop(layer), manifest.schemes[layer])
+                try:
+                    weight = manifest.layout_of(layer).from_tensors(waiting.pop(layer), manifest.schemes[layer])
+                except ValueError as error:
+                    raise ManifestError(f"{layer}: {error}") from error
+                yield layer, weight
     if waiting:
         raise ManifestError(f"{next(iter(waiting))} lacks some of its tensors")
 

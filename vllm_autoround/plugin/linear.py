@@ -1,67 +1,47 @@
-"""LinearMethod of integer weights: wNa16 in column-, row-parallel, merged and QKV layers, and in lm_head."""
+"""LinearMethod of quantized layers: any scheme in any layout, also several of them fused in one layer of vLLM."""
 
 from __future__ import annotations
 
-from fractions import Fraction
-from typing import Any, Protocol
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from vllm.logger import init_logger
-from vllm.model_executor.kernels.linear import choose_mp_linear_kernel
-from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-from vllm.model_executor.parameter import (
-    BasevLLMParameter,
-    ChannelQuantScaleParameter,
-    GroupQuantScaleParameter,
-    PackedColumnParameter,
-    PackedvLLMParameter,
-)
-from vllm.platforms import current_platform
-from vllm.scalar_type import ScalarType
+from vllm.model_executor.layers.linear import LinearMethodBase
 
-from vllm_autoround.format.packing import words_per_row
 from vllm_autoround.format.scheme import QuantScheme
-from vllm_autoround.kernels.reference import quantized_linear
-from vllm_autoround.plugin import compat
-
-logger = init_logger("vllm.plugins.autoround")
-
-
-class LinearKernel(Protocol):
-    """What vLLM's MPLinearKernel and our reference have in common."""
-
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None: ...
-    def apply_weights(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor: ...
+from vllm_autoround.format.weights import QuantizedWeight
+from vllm_autoround.plugin.kernels import Part, Problem, announce, choose_kernel
+from vllm_autoround.plugin.loading import ShardLoader, make_loader
+from vllm_autoround.plugin.matrices import join, pad_rows
+from vllm_autoround.plugin.shards import QuantizedLayer
 
 
-class ReferenceKernel:
-    """float32 matmul over the dequantized weight: slow, exact, and it leaves the activations alone."""
+class LoadedShard(NamedTuple):
+    """A shard as this rank holds it; a plain tensor and no scheme if it is not quantized."""
 
-    def __init__(self, scheme: QuantScheme) -> None:
-        self.scheme = scheme
-
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Nothing to repack: the kernel reads the layout of the checkpoint."""
-
-    def apply_weights(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        zero_point = None if self.scheme.symmetric else layer.weight_zero_point
-        return quantized_linear(x, layer.weight_packed, layer.weight_scale, zero_point, self.scheme, bias)
+    index: int
+    scheme: QuantScheme | None
+    weight: QuantizedWeight | Tensor
+    input_scale: Tensor | None  # [1] float32
 
 
-@register_weight_loader_v2_supported_method
 class AutoRoundLinearMethod(LinearMethodBase):
-    """Integer weights in the pack-quantized layout (`format.codec.QuantizedWeight.tensors`)."""
+    """Linear layers and lm_head."""
 
-    def __init__(self, scheme: QuantScheme, prefix: str) -> None:
-        self.scheme = scheme
+    def __init__(self, layers: Sequence[QuantizedLayer | None], prefix: str) -> None:
+        """``layers``: of the checkpoint, as they are fused in order; a single one stands for every shard."""
+        self.layers = layers
         self.prefix = prefix
-        self.kernel: LinearKernel
+        self.dtype: torch.dtype
+        self.columns: int
+        self.partitions: list[int]
+        self.loader: ShardLoader | None = None
 
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -69,67 +49,57 @@ class AutoRoundLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Register the parameters of this rank's part [N, K] of the weight and pick the kernel.
+        """Register the parameters of this rank's part of every shard.
 
         Raises:
-            ValueError: tensor parallelism cuts through a group or a packed word.
+            ValueError: tensor parallelism cuts through a group, or no kernel fits a scheme.
         """
-        scheme, columns, rows = self.scheme, input_size_per_partition, sum(output_partition_sizes)
-        row_parallel = input_size != input_size_per_partition
-        # Rows at whose ends a loader cuts zero points; lm_head's are its vocabulary, not the padded size given here.
-        cut_rows = output_partition_sizes if len(output_partition_sizes) > 1 or rows != output_size else []
-        if isinstance(layer, ParallelLMHead):
-            cut_rows = [layer.org_vocab_size]
-        self._check_partition(columns, cut_rows, input_size, row_parallel)
-
-        # The kernels of vLLM read these attributes of the layer.
-        layer.input_size_per_partition = columns
-        layer.output_size_per_partition = rows
-        layer.output_partition_sizes = output_partition_sizes
-        layer.params_dtype = params_dtype
-
-        loader = extra_weight_attrs["weight_loader"]
-        factor = Fraction(32, scheme.bits)
-        # A row-parallel layer splits groups over the ranks, but a scale per channel is needed on every rank.
-        replicated = scheme.group_size is None
-        groups = scheme.groups(columns)
-        packed = torch.empty(rows, words_per_row(columns, scheme.bits), dtype=torch.int32)
-        layer.register_parameter(
-            "weight_packed",
-            PackedvLLMParameter(
-                data=packed, input_dim=1, output_dim=0, packed_dim=1, packed_factor=factor, weight_loader=loader
-            ),
+        self.dtype, self.columns, self.partitions = params_dtype, input_size_per_partition, output_partition_sizes
+        # As every method of vLLM does; not all classes of layers have them by themselves.
+        layer.input_size_per_partition, layer.output_size_per_partition = self.columns, sum(self.partitions)
+        self.loader = make_loader(
+            layer, self.prefix, self.layers, output_partition_sizes, self.columns, input_size, output_size, params_dtype
         )
-        scale = torch.empty(rows, groups, dtype=params_dtype)
-        layer.register_parameter(
-            "weight_scale",
-            ChannelQuantScaleParameter(data=scale, output_dim=0, weight_loader=loader)
-            if replicated
-            else GroupQuantScaleParameter(data=scale, input_dim=1, output_dim=0, weight_loader=loader),
-        )
-        layer.register_parameter(
-            "weight_shape", BasevLLMParameter(data=torch.empty(2, dtype=torch.int64), weight_loader=loader)
-        )
-        if not scheme.symmetric:
-            zeros = torch.zeros(words_per_row(rows, scheme.bits), groups, dtype=torch.int32)
-            layer.register_parameter(
-                "weight_zero_point",
-                PackedColumnParameter(
-                    data=zeros, output_dim=0, packed_dim=0, packed_factor=factor, weight_loader=loader
-                )
-                if replicated
-                else PackedvLLMParameter(
-                    data=zeros, input_dim=1, output_dim=0, packed_dim=0, packed_factor=factor, weight_loader=loader
-                ),
-            )
-        self.kernel = self._choose_kernel(layer, (input_size, output_size), (columns, rows), params_dtype)
+        rows: dict[QuantScheme | None, int] = {}
+        for shard, size in zip(self.loader.shards, output_partition_sizes, strict=True):
+            scheme = shard.layer and shard.layer.scheme
+            rows[scheme] = rows.get(scheme, 0) + size
+        for scheme, size in rows.items():  # what cannot be served is said before the weights are loaded
+            kernel = choose_kernel(self._problem(scheme, size))
+            if scheme is not None:
+                announce(layer, scheme, kernel)
+        self.loader.register(layer)
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        self.kernel.process_weights_after_loading(layer)
+    def process_weights_after_loading(self, layer: Any) -> None:
+        if self.loader is None:  # vLLM may ask again
+            return
+        loader, self.loader = self.loader, None
+        device = next(layer.parameters()).device
+        parts = torch.nn.ModuleList()
+        for call in fuse(self._loaded(loader, layer)):
+            sizes = tuple(self.partitions[shard.index] for shard in call.shards)
+            problem = self._problem(call.scheme, sum(sizes))
+            part = Part(problem, tuple(shard.index for shard in call.shards), sizes)
+            part.kernel = choose_kernel(problem)
+            part.kernel.prepare(part, call.weight, call.shards[0].input_scale)
+            parts.append(part)
+        layer.parts = parts
+        # vLLM's LoRA layers look here for the device that the layer is on.
+        layer.register_buffer("weight_packed", torch.empty(0, device=device), persistent=False)
 
-    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., N], in the dtype of x."""
-        return self.kernel.apply_weights(layer, x, bias)
+        parts = layer.parts
+        if len(parts) == 1:
+            return parts[0].kernel.apply(parts[0], x, bias)
+        biases = [None] * len(self.partitions) if bias is None else bias.split(self.partitions)
+        outputs: list[Tensor] = [x] * len(self.partitions)
+        for part in parts:
+            own = None if bias is None else torch.cat([biases[index] for index in part.shards])
+            out = part.kernel.apply(part, x, own)
+            for index, piece in zip(part.shards, out.split(part.sizes, dim=-1), strict=True):
+                outputs[index] = piece
+        return torch.cat(outputs, dim=-1)
 
     def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
         """vLLM ties lm_head to the embedding and skips its tensors: a quantized head would stay uninitialized."""
@@ -138,62 +108,53 @@ class AutoRoundLinearMethod(LinearMethodBase):
             "set tie_word_embeddings to false"
         )
 
-    def _check_partition(self, columns: int, cut_rows: list[int], input_size: int, row_parallel: bool) -> None:
-        scheme = self.scheme
-        if row_parallel and columns % (scheme.group_size or 1):
-            raise ValueError(
-                f"{self.prefix}: tensor parallelism leaves {columns} of {input_size} input features to a rank, which "
-                f"cuts through a group of {scheme.group_size}; use fewer ranks or calibrate with a smaller group size"
-            )
-        if row_parallel and columns * scheme.bits % 32:
-            raise ValueError(
-                f"{self.prefix}: tensor parallelism leaves {columns} input features of {scheme.bits} bits to a rank, "
-                "which is not a whole number of 32-bit words; use fewer ranks"
-            )
-        if not scheme.symmetric and (uneven := [part for part in cut_rows if part * scheme.bits % 32]):
-            raise ValueError(
-                f"{self.prefix}: {uneven[0]} output rows with zero points of {scheme.bits} bits are not a whole "
-                "number of 32-bit words; use fewer ranks or a symmetric scheme"
-            )
+    def _problem(self, scheme: QuantScheme | None, rows: int) -> Problem:
+        return Problem(prefix=self.prefix, scheme=scheme, rows=rows, columns=self.columns, dtype=self.dtype)
 
-    def _choose_kernel(
-        self,
-        layer: torch.nn.Module,
-        full_shape: tuple[int, int],
-        partition_shape: tuple[int, int],
-        params_dtype: torch.dtype,
-    ) -> LinearKernel:
-        """vLLM's own choice on a GPU, the reference elsewhere; shapes are (K, N).
+    def _loaded(self, loader: ShardLoader, layer: torch.nn.Module) -> list[LoadedShard]:
+        loaded = []
+        for index, tensors in enumerate(loader.take(layer)):
+            quantized, weight = loader.shards[index].layer, loader.weight(index, tensors)
+            if quantized is None or not isinstance(weight, QuantizedWeight):
+                loaded.append(LoadedShard(index, None, weight, None))
+                continue
+            padded = pad_rows(weight, self.partitions[index])  # lm_head: the vocabulary is padded
+            loaded.append(LoadedShard(index, quantized.scheme, padded, loader.input_scale(index, tensors)))
+        return loaded
 
-        Raises:
-            ValueError: the kernel that this vLLM selects is not to be trusted with the scheme.
-        """
-        scheme = self.scheme
-        if not current_platform.is_cuda_alike():
-            # vLLM's CPU kernel quantizes bf16 activations to int8 by default and has no float32 path.
-            self._announce(layer, "the float32 reference (exact and slow; activations are not quantized)")
-            return ReferenceKernel(scheme)
-        config = compat.mp_linear_layer_config(
-            full_weight_shape=full_shape,
-            partition_weight_shape=partition_shape,
-            weight_type=ScalarType.uint(scheme.bits, scheme.zero_code if scheme.symmetric else None),
-            act_type=params_dtype,
-            group_size=scheme.group_size or -1,
-            zero_points=not scheme.symmetric,
-        )
-        kernel = choose_mp_linear_kernel(config)
-        if not scheme.symmetric and "Humming" in kernel.__name__ and not compat.humming_takes_zero_points():
-            raise ValueError(
-                f"{self.prefix}: for {scheme} this vLLM selects Humming, whose results deviate from the weights "
-                "where there are zero points; use vLLM 0.33 or a symmetric scheme"
-            )
-        self._announce(layer, f"{kernel.__name__}, vLLM's choice for this shape and device")
-        return kernel(
-            config,
-            w_q_param_name="weight_packed",
-            w_s_param_name="weight_scale",
-            w_zp_param_name="weight_zero_point",
-        )
 
-    def _announce(self, layer: torch.nn.Module, kernel: str) -> None:
-        logger.info_once(f"{type(layer).__name__} of {self.scheme}: {kernel}")
+class Call(NamedTuple):
+    """Shards that one kernel multiplies with, and their joint weight."""
+
+    shards: list[LoadedShard]
+    weight: QuantizedWeight | Tensor
+
+    @property
+    def scheme(self) -> QuantScheme | None:
+        """As the joint weight has it: scales per tensor may have become scales per row."""
+        scheme = self.shards[0].scheme
+        return scheme and replace(scheme, weights=self.weight.type)  # type: ignore[union-attr]
+
+
+def fuse(shards: Sequence[LoadedShard]) -> list[Call]:
+    """The calls that are needed to multiply with all shards.
+
+    Shards share a call if their scheme and their static scales are the same: a common maximum would change weights.
+    """
+    dense = [shard for shard in shards if isinstance(shard.weight, Tensor)]
+    groups: dict[tuple[QuantScheme | None, float | None, float | None], list[LoadedShard]] = {}
+    for shard in shards:
+        if isinstance(shard.weight, QuantizedWeight):
+            scales = (shard.weight.global_scale, shard.input_scale)
+            first, second = (None if scale is None else scale.item() for scale in scales)
+            groups.setdefault((shard.scheme, first, second), []).append(shard)
+    calls: list[Call] = []
+    for group in groups.values():
+        weights = [shard.weight for shard in group if isinstance(shard.weight, QuantizedWeight)]
+        if (joint := join(weights)) is not None:
+            calls.append(Call(group, joint))
+        else:
+            calls.extend(Call([shard], weight) for shard, weight in zip(group, weights, strict=True))
+    if dense:
+        calls.append(Call(dense, torch.cat([shard.weight for shard in dense if isinstance(shard.weight, Tensor)])))
+    return calls

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_autoround.format.errors import SchemeError
+from vllm_autoround.format.grids import FloatGrid
 
 MIN_SCALE = 1e-5  # magnitude; keeps W/s finite in an all-zero group (auto-round, data_type/int.py)
 
@@ -176,13 +177,13 @@ class WeightType(ABC):
     def decode(self, codes: Tensor) -> Tensor:
         """The inverse of `encode`."""
 
-    @abstractmethod
     def stored_scale(self, scale: Tensor, dtype: torch.dtype, global_scale: Tensor | None) -> Tensor:
-        """An acting scale of `scale_and_zero_point`, exactly, as it is stored."""
+        """An acting scale [R, C] of `scale_and_zero_point`, exactly, as it is stored; here in the model's dtype."""
+        return scale.to(dtype)
 
-    @abstractmethod
     def acting_scale(self, scale: Tensor, global_scale: Tensor | None) -> Tensor:
-        """The inverse of `stored_scale`: float32."""
+        """The inverse of `stored_scale`: [R, C] float32."""
+        return scale.float()
 
     @abstractmethod
     def specs(self, rows: int, columns: int, dtype: torch.dtype) -> dict[str, TensorSpec]:
@@ -204,6 +205,26 @@ class WeightType(ABC):
     @abstractmethod
     def args(self) -> dict[str, Any]:
         """compressed-tensors' QuantizationArgs."""
+
+
+class FloatWeightType(WeightType):
+    """A weight type whose values are those of a floating-point grid."""
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def grid(self) -> FloatGrid:
+        """The element type."""
+
+    def round(self, x: Tensor, zero: Tensor | float) -> Tensor:
+        return self.grid.round(x)
+
+    def within(self, x: Tensor, zero: Tensor | float) -> Tensor:
+        return x.abs() <= self.grid.highest
+
+    def spacing(self, x: Tensor) -> Tensor:
+        return self.grid.spacing(x)
 
 
 def quantize(weight: Tensor, type_: WeightType, global_scale: Tensor | None = None) -> QuantizedWeight:
@@ -258,6 +279,17 @@ def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     """
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
+    return tensor
+
+
+def require_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor``, if it has that dtype.
+
+    Raises:
+        ValueError: it has another.
+    """
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name} has dtype {tensor.dtype}, expected {dtype}")
     return tensor
 
 

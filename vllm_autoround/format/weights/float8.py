@@ -9,14 +9,15 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vllm_autoround.format.grids import E4M3
+from vllm_autoround.format.grids import E4M3, FloatGrid
 from vllm_autoround.format.weights.base import (
+    FloatWeightType,
     QuantizedWeight,
     TensorSpec,
     Tile,
-    WeightType,
     away_from_zero,
     quotient,
+    require_dtype,
     require_shape,
 )
 
@@ -24,11 +25,12 @@ BLOCK = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Float8(WeightType):
+class Float8(FloatWeightType):
     """E4M3 weights; the strategy is that of compressed-tensors."""
 
     format: ClassVar[str] = "float-quantized"
     bits: ClassVar[int] = 8
+    grid: ClassVar[FloatGrid] = E4M3
 
     strategy: Literal["channel", "tensor", "block"]
 
@@ -53,26 +55,11 @@ class Float8(WeightType):
     ) -> tuple[Tensor, Tensor | None]:
         return away_from_zero(quotient(torch.maximum(-low, high), E4M3.highest), dtype), None
 
-    def round(self, x: Tensor, zero: Tensor | float) -> Tensor:
-        return E4M3.round(x)
-
-    def within(self, x: Tensor, zero: Tensor | float) -> Tensor:
-        return x.abs() <= E4M3.highest
-
-    def spacing(self, x: Tensor) -> Tensor:
-        return E4M3.spacing(x)
-
     def encode(self, values: Tensor) -> Tensor:
         return values.to(torch.float8_e4m3fn)
 
     def decode(self, codes: Tensor) -> Tensor:
         return codes.float()
-
-    def stored_scale(self, scale: Tensor, dtype: torch.dtype, global_scale: Tensor | None) -> Tensor:
-        return scale.to(dtype)
-
-    def acting_scale(self, scale: Tensor, global_scale: Tensor | None) -> Tensor:
-        return scale.float()
 
     def specs(self, rows: int, columns: int, dtype: torch.dtype) -> dict[str, TensorSpec]:
         match self.strategy:
@@ -92,9 +79,8 @@ class Float8(WeightType):
         return {"weight": weight.codes.contiguous(), "weight_scale": scale.contiguous()}
 
     def from_tensors(self, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
-        codes, scale = tensors["weight"], tensors["weight_scale"]
-        if codes.dtype != torch.float8_e4m3fn:
-            raise ValueError(f"weight has dtype {codes.dtype}, expected torch.float8_e4m3fn")
+        codes = require_dtype("weight", tensors["weight"], torch.float8_e4m3fn)
+        scale = tensors["weight_scale"]
         tiles = self.tile(*codes.shape).tiles(*codes.shape)
         if self.strategy != "block":  # [N], [N, 1], [1] and [] are all in use
             scale = scale.reshape(-1, 1)

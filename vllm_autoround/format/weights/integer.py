@@ -24,6 +24,7 @@ from vllm_autoround.format.weights.base import (
     WeightType,
     away_from_zero,
     quotient,
+    require_dtype,
     require_shape,
 )
 
@@ -101,12 +102,6 @@ class Integer(WeightType):
     def decode(self, codes: Tensor) -> Tensor:
         return codes.float()
 
-    def stored_scale(self, scale: Tensor, dtype: torch.dtype, global_scale: Tensor | None) -> Tensor:
-        return scale.to(dtype)
-
-    def acting_scale(self, scale: Tensor, global_scale: Tensor | None) -> Tensor:
-        return scale.float()
-
     def specs(self, rows: int, columns: int, dtype: torch.dtype) -> dict[str, TensorSpec]:
         factor, (_, groups) = Fraction(32, self.bits), self.tile(rows, columns).tiles(rows, columns)
         along_k = None if self.group_size is None else 1  # a scale per output row is whole on every rank
@@ -146,9 +141,12 @@ class Integer(WeightType):
         scale = require_shape("weight_scale", tensors["weight_scale"], self.tile(rows, columns).tiles(rows, columns))
         zero_point = None
         if not self.symmetric:
-            words = tensors["weight_zero_point"]
+            words = require_dtype("weight_zero_point", tensors["weight_zero_point"], torch.int32)
+            require_shape("weight_zero_point", words, (packing.words_per_row(rows, self.bits), scale.shape[1]))
             zero_point = packing.unpack(words.T.contiguous(), self.bits, rows).T.contiguous()
-        codes = packing.unpack(tensors["weight_packed"], self.bits, columns)
+        words = require_dtype("weight_packed", tensors["weight_packed"], torch.int32)
+        require_shape("weight_packed", words, (rows, packing.words_per_row(columns, self.bits)))
+        codes = packing.unpack(words, self.bits, columns)
         return QuantizedWeight(type=self, codes=codes, scale=scale, zero_point=zero_point)
 
     def args(self) -> dict[str, Any]:

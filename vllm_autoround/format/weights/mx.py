@@ -18,10 +18,11 @@ from torch import Tensor
 from vllm_autoround.format import packing
 from vllm_autoround.format.grids import E2M1, E4M3, FloatGrid, e2m1_codes, e2m1_values, power_of_two
 from vllm_autoround.format.weights.base import (
+    FloatWeightType,
     QuantizedWeight,
     TensorSpec,
     Tile,
-    WeightType,
+    require_dtype,
     require_multiple,
     require_shape,
 )
@@ -33,7 +34,7 @@ _FORMATS = {4: "mxfp4-pack-quantized", 8: "mxfp8-quantized"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Mx(WeightType):
+class Mx(FloatWeightType):
     """MXFP4 or MXFP8."""
 
     bits: Literal[4, 8]
@@ -47,7 +48,6 @@ class Mx(WeightType):
 
     @property
     def grid(self) -> FloatGrid:
-        """The element type."""
         return E2M1 if self.bits == 4 else E4M3
 
     def tile(self, rows: int, columns: int) -> Tile:
@@ -61,15 +61,6 @@ class Mx(WeightType):
     ) -> tuple[Tensor, Tensor | None]:
         scale = power_of_two(torch.maximum(-low, high)) * 2.0**-self.grid.max_exponent
         return scale.clamp(min=_LEAST_SCALE), None
-
-    def round(self, x: Tensor, zero: Tensor | float) -> Tensor:
-        return self.grid.round(x)
-
-    def within(self, x: Tensor, zero: Tensor | float) -> Tensor:
-        return x.abs() <= self.grid.highest
-
-    def spacing(self, x: Tensor) -> Tensor:
-        return self.grid.spacing(x)
 
     def encode(self, values: Tensor) -> Tensor:
         return e2m1_codes(values) if self.bits == 4 else values.to(torch.float8_e4m3fn)
@@ -106,11 +97,12 @@ class Mx(WeightType):
         return {"weight_packed": packing.pack_nibbles(weight.codes), "weight_scale": scale}
 
     def from_tensors(self, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
-        codes = tensors["weight"] if self.bits == 8 else packing.unpack_nibbles(tensors["weight_packed"])
+        if self.bits == 8:
+            codes = require_dtype("weight", tensors["weight"], torch.float8_e4m3fn)
+        else:
+            codes = packing.unpack_nibbles(require_dtype("weight_packed", tensors["weight_packed"], torch.uint8))
         scale = require_shape("weight_scale", tensors["weight_scale"], self.tile(*codes.shape).tiles(*codes.shape))
-        if scale.dtype != torch.uint8:
-            raise ValueError(f"weight_scale has dtype {scale.dtype}, expected torch.uint8 (E8M0)")
-        return QuantizedWeight(type=self, codes=codes, scale=scale)
+        return QuantizedWeight(type=self, codes=codes, scale=require_dtype("weight_scale", scale, torch.uint8))
 
     def args(self) -> dict[str, Any]:
         return {

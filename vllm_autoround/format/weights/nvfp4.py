@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from vllm_autoround.format import packing
-from vllm_autoround.format.grids import E2M1, E4M3, e2m1_codes, e2m1_values
+from vllm_autoround.format.grids import E2M1, E4M3, FloatGrid, e2m1_codes, e2m1_values
 from vllm_autoround.format.weights.base import (
+    FloatWeightType,
     QuantizedWeight,
     TensorSpec,
     Tile,
-    WeightType,
     quotient,
+    require_dtype,
     require_multiple,
     require_shape,
 )
@@ -31,16 +32,21 @@ _LEAST_SCALE = 2.0**-9  # the least positive E4M3 number
 
 
 def global_scale(amax: Tensor) -> Tensor:
-    """448 * 6 / amax, [1] float32, of a largest magnitude (scalar float32); finite also for 0."""
-    return (E4M3.highest * E2M1.highest / amax.float().clamp(min=torch.finfo(torch.float32).tiny * 2**16)).reshape(1)
+    """448 * 6 / amax, [1] float32, of a largest magnitude (scalar).
+
+    1 where that is not finite: a layer that saw nothing but zeros must not take everything else for overflow.
+    """
+    divisor = E4M3.highest * E2M1.highest / amax.float()
+    return torch.where(divisor.isfinite(), divisor, 1.0).reshape(1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NvFp4(WeightType):
+class NvFp4(FloatWeightType):
     """NVIDIA's two-level 4-bit float."""
 
     format: ClassVar[str] = "nvfp4-pack-quantized"
     bits: ClassVar[int] = 4
+    grid: ClassVar[FloatGrid] = E2M1
 
     def __str__(self) -> str:
         return "nvfp4"
@@ -62,15 +68,6 @@ class NvFp4(WeightType):
         amax = torch.maximum(-low, high)
         scale = E4M3.round(global_scale * quotient(amax, E2M1.highest)).clamp(min=_LEAST_SCALE)
         return scale / global_scale, None
-
-    def round(self, x: Tensor, zero: Tensor | float) -> Tensor:
-        return E2M1.round(x)
-
-    def within(self, x: Tensor, zero: Tensor | float) -> Tensor:
-        return x.abs() <= E2M1.highest
-
-    def spacing(self, x: Tensor) -> Tensor:
-        return E2M1.spacing(x)
 
     def encode(self, values: Tensor) -> Tensor:
         return e2m1_codes(values)
@@ -112,11 +109,10 @@ class NvFp4(WeightType):
         }
 
     def from_tensors(self, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
-        codes = packing.unpack_nibbles(tensors["weight_packed"])
+        codes = packing.unpack_nibbles(require_dtype("weight_packed", tensors["weight_packed"], torch.uint8))
         scale = require_shape("weight_scale", tensors["weight_scale"], self.tile(*codes.shape).tiles(*codes.shape))
-        if scale.dtype != torch.float8_e4m3fn:
-            raise ValueError(f"weight_scale has dtype {scale.dtype}, expected torch.float8_e4m3fn")
-        divisor = tensors["weight_global_scale"].float().reshape(1)
+        require_dtype("weight_scale", scale, torch.float8_e4m3fn)
+        divisor = require_shape("weight_global_scale", tensors["weight_global_scale"].float().flatten(), (1,))
         return QuantizedWeight(type=self, codes=codes, scale=scale, global_scale=divisor)
 
     def args(self) -> dict[str, Any]:
