@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from calibrate.rounding import MOST_OFFSET, OFFSET_UNIT, SUM_CHUNK, Gradients, Rounding, Target
-from vllm_autoround.format.grids import E2M1, E4M3, FloatGrid
+from vllm_autoround.format.grids import E2M1, FloatGrid
 from vllm_autoround.format.weights import Float8, Integer, Mx, NvFp4, WeightType
 
 _PROGRAM_WEIGHTS = 1024  # that a program holds at once, or one chunk of a longer group
@@ -97,12 +97,12 @@ def _type_constants(kind: WeightType) -> dict[str, Any]:
         case Integer():
             name = "symmetric" if kind.symmetric else "asymmetric"
             return {"TYPE": name, "HIGHEST": float(kind.max_code), "ZERO": kind.zero} | _grid_constants(E2M1)
-        case Float8():
-            grid, name = E4M3, "fp8"
-        case NvFp4():
-            grid, name = E2M1, "nvfp4"
-        case Mx():
-            grid, name = kind.grid, "mx"
+        case Float8(grid=grid):
+            name = "fp8"
+        case NvFp4(grid=grid):
+            name = "nvfp4"
+        case Mx(grid=grid):
+            name = "mx"
         case _:
             raise TypeError(f"no kernel for {kind}")
     return {"TYPE": name, "HIGHEST": grid.highest, "ZERO": 0.0} | _grid_constants(grid)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,12 @@ class LayerState:
         self.means = Gradients.means(self.rounding) if momentum else None
         self.finite = torch.ones((), dtype=torch.bool, device=target.weight.device)  # every gradient so far was
         self._start = start
-        self._step, self._install = _quantizer(target, momentum, most_clip)
+        self._quantizer = _quantizer(target, momentum, most_clip)
+
+    @property
+    def recordable(self) -> bool:
+        """Whether `step` may be part of a CUDA graph."""
+        return self._quantizer.recordable
 
     @torch.no_grad()
     def load(self, target: Target, start: Rounding) -> None:
@@ -59,14 +64,14 @@ class LayerState:
             for mean in (self.means.offset, self.means.low_clip, self.means.high_clip):
                 mean.zero_()
         self.finite.fill_(True)
-        self._install(self.target, self.rounding, self.module.weight)
+        self._quantizer.install(self.target, self.rounding, self.module.weight)
 
     @torch.no_grad()
     def step(self, rate: Tensor) -> None:
         """One step of sign descent from the gradient of the module's weight; see `sign_step`."""
         weight = self.module.weight
         grad = cast(Tensor, weight.grad)
-        self._step(self.target, self.rounding, self.means, grad, rate, weight.data, self.finite)
+        self._quantizer.step(self.target, self.rounding, self.means, grad, rate, weight.data, self.finite)
 
     @torch.no_grad()
     def finish(self, name: str) -> QuantizedWeight:
@@ -98,21 +103,28 @@ class LayerState:
         )
 
 
-_Step = Callable[[Target, Rounding, Gradients | None, Tensor, Tensor, Tensor, Tensor], None]
-_Install = Callable[[Target, Rounding, Tensor], None]
+class _Quantizer(NamedTuple):
+    """How a layer's values are updated, and how W^ gets into a module's weight."""
+
+    step: Callable[[Target, Rounding, Gradients | None, Tensor, Tensor, Tensor, Tensor], None]
+    install: Callable[[Target, Rounding, Tensor], None]
+    recordable: bool
 
 
-def _quantizer(target: Target, momentum: float, most_clip: float) -> tuple[_Step, _Install]:
-    """The update and the fake quantizer: on a GPU one kernel each, or else compiled; on the CPU as they are written."""
-    step, install = sign_step, _install
+def _quantizer(target: Target, momentum: float, most_clip: float) -> _Quantizer:
+    """On a GPU one kernel each, or else compiled; on the CPU as they are written."""
+    step, install, recordable = sign_step, _install, False
     if target.weight.device.type == "cuda":
         from calibrate import fused_step  # noqa: PLC0415 (needs Triton, which a CPU may be without)
 
-        if fused_step.supports(target):
+        # Replayed from a CUDA graph, the compiled step of 128 x 128 tiles gave other results than called from Python.
+        # Why was not found, so nothing compiled is recorded.
+        recordable = fused_step.supports(target)
+        if recordable:
             step, install = fused_step.fused_sign_step, fused_step.fused_fake_quantize
         else:
             step, install = compiled(sign_step), compiled(_install)
-    return partial(step, momentum=momentum, most_clip=most_clip), install
+    return _Quantizer(partial(step, momentum=momentum, most_clip=most_clip), install, recordable)
 
 
 def _install(target: Target, rounding: Rounding, out: Tensor) -> None:

@@ -94,6 +94,7 @@ def calibrate(model: str | Path, out: str | Path, **settings: Any) -> dict[str, 
             progress.finish_block(reports[-1])
             del tuned, loss  # off the device before the next block comes
 
+        del bench  # with what it keeps of the last block
         heads, scales = quantize_heads(source.model, plan, config, quantized)
         writer.write_outside({**outside, **heads}, scales)
         versions = environment(plan.device)

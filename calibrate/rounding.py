@@ -210,7 +210,9 @@ def freeze(target: Target, rounding: Rounding) -> QuantizedWeight:
     state = _quantize(target, rounding)
     zero = None if target.type.symmetric else state.zero[:, 0, :, 0]
     values = target.tile.merge(state.value, target.weight.shape)
-    return store(values, state.scale[:, 0, :, 0], zero, target.type, target.weight.dtype, target.global_scale)
+    # Of its own memory: that of the target may be given to another layer.
+    global_scale = None if target.global_scale is None else target.global_scale.clone()
+    return store(values, state.scale[:, 0, :, 0], zero, target.type, target.weight.dtype, global_scale)
 
 
 class _State(NamedTuple):

@@ -1,4 +1,4 @@
-"""The steps of a block's tuning: gather samples, forward, loss, backward, update; on a GPU recorded as one CUDA graph.
+"""The steps of a block's tuning: gather samples, forward, loss, backward, update; on a GPU one CUDA graph, if possible.
 
 Whatever a step needs to know, and whatever it leaves behind, is in device memory that stays where it is: the order of
 the samples, learning rates, losses, the number of the step. So the same graph serves every step, and every later block
@@ -20,7 +20,7 @@ from calibrate.layer_state import LayerState
 Loss = Callable[[Tensor, Tensor], Tensor]  # output and target [B, T, H] -> scalar float32
 
 # For measurements.
-GRAPHED = True  # on a GPU
+GRAPHED = True  # where every layer can be recorded
 COMPILED = False  # torch.compile the block
 
 _WARM_UPS = 3  # steps before recording: kernels are compiled, libraries get their workspaces
@@ -57,7 +57,7 @@ class Steps:
             _Gather(inputs, outputs, self._order, self._step) if near else _Stage(inputs, outputs, shape, device)
         )
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._graphed = GRAPHED and device.type == "cuda"
+        self._graphed = GRAPHED and all(layer.recordable for layer in layers)
 
     @torch.enable_grad()
     def run(self, order: Tensor, rates: Tensor, on_step: Callable[[], None]) -> None:

@@ -76,13 +76,12 @@ def tune_block(
         return TunedBlock({}, {}, relative_error(module, inputs, outputs, arguments), None)
     module.requires_grad_(False)
     starts = _starts(working, schemes, statistics, recipe)
-    layers = _load_layers(working, schemes, starts, recipe)
+    shape = (recipe.iters, accumulate, recipe.batch_size)
+    layers, steps = _set_up(working, schemes, starts, inputs, outputs, recipe, shape, loss)
     start_error = relative_error(module, inputs, outputs, arguments)
 
     final_loss = None
     if recipe.iters:
-        shape = (recipe.iters, accumulate, recipe.batch_size)
-        steps = _steps(working, layers, inputs, outputs, shape, loss)
         steps.run(_order(len(inputs), shape, generator), _rates(recipe), on_step)
         losses = steps.losses.tolist()
         for step, value in enumerate(losses):
@@ -133,39 +132,32 @@ def _starts(
     return {name: starts[name] for name in schemes}
 
 
-def _load_layers(
+def _set_up(
     working: WorkingBlock,
     schemes: Mapping[str, QuantScheme],
     starts: Mapping[str, tuple[Target, Rounding]],
-    recipe: Recipe,
-) -> dict[str, LayerState]:
-    """The layers at their start, in the memory of the last block's where they are of the same type."""
-    most_clip = MOST_CLIP if recipe.scale_search else 1.0
-
-    def make() -> dict[str, LayerState]:
-        modules = {name: cast(nn.Linear, working.module.get_submodule(name)) for name in schemes}
-        return {name: LayerState(modules[name], *starts[name], recipe.momentum, most_clip) for name in schemes}
-
-    layers = working.keep("layers", (tuple(schemes.items()), recipe.momentum, most_clip), make)
-    for name, layer in layers.items():
-        layer.load(*starts[name])
-    return layers
-
-
-def _steps(
-    working: WorkingBlock,
-    layers: Mapping[str, LayerState],
     inputs: Tensor,
     outputs: Tensor,
+    recipe: Recipe,
     shape: tuple[int, int, int],
     loss: Loss,
-) -> Steps:
-    """Steps with these layers, samples and loss; those of an earlier block if they are the same."""
-    key = (id(layers), inputs.data_ptr(), inputs.shape, outputs.data_ptr(), shape, loss)
-    states = list(layers.values())
-    return working.keep(
-        "steps", key, lambda: Steps(working.module, working.arguments, states, inputs, outputs, loss, shape)
-    )
+) -> tuple[dict[str, LayerState], Steps]:
+    """The layers at their start, and the steps that tune them; those of the last block if only values differ."""
+    most_clip = MOST_CLIP if recipe.scale_search else 1.0
+
+    def make() -> tuple[dict[str, LayerState], Steps]:
+        modules = {name: cast(nn.Linear, working.module.get_submodule(name)) for name in schemes}
+        layers = {name: LayerState(modules[name], *starts[name], recipe.momentum, most_clip) for name in schemes}
+        states = list(layers.values())
+        return layers, Steps(working.module, working.arguments, states, inputs, outputs, loss, shape)
+
+    # What steps cannot be told again. They hold on to samples and loss, so no other can have the address of these.
+    samples = (inputs.data_ptr(), inputs.shape, outputs.data_ptr())
+    key = (tuple(schemes.items()), samples, shape, recipe.momentum, most_clip, loss)
+    layers, steps = working.keep(key, make)
+    for name, layer in layers.items():
+        layer.load(*starts[name])
+    return layers, steps
 
 
 def _rates(recipe: Recipe) -> Tensor:

@@ -1,7 +1,8 @@
 """Where blocks are worked on: block after block of the same make is loaded into one module on the device.
 
 Two blocks are of one make if their modules and arguments differ in the values of tensors only. What was made for the
-first, from its memory to a recorded CUDA graph of its tuning step, then serves all of them.
+first, from its memory to a recorded CUDA graph of its tuning step, then serves all of them. The CPU has no graphs to
+save, and does the same all the same: one way to go wrong, and tests that need no GPU.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class WorkingBlock:
         self.module = to_device(block, device, dtype)
         self.arguments = move_arguments(arguments, device)  # what its forward takes beside the hidden states
         self.originals: dict[str, Tensor] = {}  # weight [N, K] of each linear layer as loaded, on the device
-        self._kept: dict[str, tuple[Any, Any]] = {}  # name -> key and value
-        self._scales: dict[str, Tensor] = {}
+        self._kept: tuple[Any, Any] | None = None  # key and value
+        self._scales: dict[str, Tensor] = {}  # static ones of the layers' inputs
         self._load_originals(block)
 
     @property
@@ -50,29 +51,27 @@ class WorkingBlock:
                 mine.copy_(new)
         self._load_originals(block)
 
-    def keep(self, name: str, key: Any, make: Callable[[], _Kept]) -> _Kept:
-        """What an earlier call made under this name, if the key is the same; else what ``make`` makes now."""
-        if name not in self._kept or self._kept[name][0] != key:
-            self._kept.pop(name, None)  # its memory is free before more is taken
-            self._kept[name] = (key, make())
-        return cast(_Kept, self._kept[name][1])
+    def keep(self, key: Any, make: Callable[[], _Kept]) -> _Kept:
+        """What the last call made, if the key is the same; else what ``make`` makes now."""
+        if self._kept is None or self._kept[0] != key:
+            self._kept = None  # its memory is free before more is taken
+            self._kept = (key, make())
+        return cast(_Kept, self._kept[1])
 
     @contextmanager
     def quantized_inputs(self, inputs: Mapping[str, QuantizedInput]) -> Iterator[None]:
         """`calibrate.activations.quantized_inputs`, with static scales in memory that stays where it is."""
-        for name, made in inputs.items():
-            if made.scale is not None:
-                self._scales.setdefault(name, made.scale.clone()).copy_(made.scale)
-        held = {name: QuantizedInput(made.type, self._scales.get(name)) for name, made in inputs.items()}
-        with quantized_inputs(self.module, held):
+        with quantized_inputs(self.module, {name: self._held(name, made) for name, made in inputs.items()}):
             yield
+
+    def _held(self, name: str, made: QuantizedInput) -> QuantizedInput:
+        if made.scale is None:
+            return made
+        return QuantizedInput(made.type, self._scales.setdefault(name, made.scale.clone()).copy_(made.scale))
 
     def _load_originals(self, block: Block) -> None:
         for name, layer in block.linears().items():
             weight = layer.weight.detach()
-            if self.device.type == "cpu":
-                self.originals[name] = weight
-                continue
             mine = cast(nn.Linear, self.module.get_submodule(name)).weight.detach()
             if name not in self.originals:
                 self.originals[name] = torch.empty_like(mine, dtype=weight.dtype)
@@ -80,7 +79,7 @@ class WorkingBlock:
 
 
 class Workbench:
-    """Loads blocks; on a GPU into the memory of earlier ones where that is possible."""
+    """Loads blocks, into the memory of earlier ones where that is possible."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._device, self._dtype = device, dtype
@@ -89,8 +88,6 @@ class Workbench:
 
     def load(self, block: Block, arguments: dict[str, Any]) -> WorkingBlock:
         """``block`` ready to run on the device, with what its forward takes beside the hidden states."""
-        if self._device.type == "cpu":
-            return WorkingBlock(block, arguments, self._device, self._dtype)
         make = (_make_of_module(block.module), _make_of_arguments(arguments))
         if make in self._made:
             working = self._made.pop(make)

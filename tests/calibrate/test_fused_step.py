@@ -7,8 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from calibrate.rounding import targets
 from tests.conftest import REPOSITORY
+from vllm_autoround.format.scheme import QuantScheme
 
 pytest.importorskip("triton")
 
@@ -24,3 +27,22 @@ def test_the_kernel_equals_the_reference_on_the_interpreter() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "14 passed" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("scheme", "columns", "fused"),
+    [
+        ("W4A16G128", 768, True),
+        ("W3A16G-1", 600, True),
+        ("NVFP4", 48, True),
+        ("MXFP4", 96, True),
+        ("FP8_STATIC", 600, True),
+        ("FP8", 768, False),  # a scale of all rows
+        ("FP8_BLOCK", 768, False),  # of 128 rows
+    ],
+)
+def test_the_kernel_is_for_groups_within_a_row(scheme: str, columns: int, fused: bool) -> None:
+    from calibrate.fused_step import supports
+
+    [target] = targets([torch.ones(256, columns)], QuantScheme.parse(scheme).weights)
+    assert supports(target) is fused

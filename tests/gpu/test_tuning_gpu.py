@@ -2,119 +2,112 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers as tf
-from torch import Tensor
 
 from calibrate import steps
-from calibrate.activations import observe_inputs, quantized_inputs_of
-from calibrate.blocks import capture_inputs, find_blocks
-from calibrate.chain import advance, relative_distance
+from calibrate.blocks import Block
 from calibrate.config import Recipe
-from calibrate.tail import ModelTail
-from calibrate.tuning import TunedBlock, mean_squared_error, tune_block
-from calibrate.workbench import Workbench
-from tests.calibrate.conftest import COMMON
+from tests.calibrate.blocks_in_turn import Schemes, Tuned, assert_same, everywhere, tune_in_turn
+from tests.calibrate.conftest import COMMON, make_model
 from vllm_autoround.format.scheme import QuantScheme
 
 pytestmark = pytest.mark.gpu
-CUDA = torch.device("cuda")
 SAMPLES = torch.randint(2, 128, (16, 64), generator=torch.Generator().manual_seed(1))
-RECIPE = Recipe(iters=30, batch_size=2, scale_lr=0.5, momentum=0.7, scale_search=True, kl_last_block=True)
-SCHEMES = ["W3A16G32", "W4A16G64_ASYM", "W4A16G-1", "NVFP4", "MXFP4", "FP8", "FP8_BLOCK"]
+RECIPE = Recipe(iters=30, batch_size=2, scale_lr=0.5, momentum=0.7, scale_search=True)
+RECORDED = ["W3A16G32", "W4A16G64_ASYM", "W4A16G-1", "NVFP4", "MXFP4", "FP8_STATIC"]
+EAGER = ["FP8", "FP8_BLOCK"]  # a scale is shared by several rows, for which the kernel was not made
 
 
 def tune(
-    scheme: str,
+    schemes: str | Schemes,
     *,
-    pinned: bool = False,
-    together: bool = True,
-    kl: bool = False,
     attention: str = "eager",  # whose backward is deterministic
     recipe: Recipe = RECIPE,
+    pinned: bool = False,
+    together: bool = True,
     accumulate: int = 1,
-) -> tuple[list[TunedBlock], list[float]]:
-    """All blocks of a small model in turn, on one workbench or each on its own; results, and errors after each."""
-    torch.manual_seed(0)
+) -> Tuned:
     config = tf.LlamaConfig(**{**COMMON, "hidden_size": 128, "intermediate_size": 256, "head_dim": 32})
-    model = tf.AutoModelForCausalLM.from_config(config, attn_implementation=attention).bfloat16().eval()
-    blocks = find_blocks(model)
-    captured = capture_inputs(model, blocks, SAMPLES, torch.bfloat16)
-    place = Tensor.pin_memory if pinned else Tensor.cuda
-    original, quantized = place(captured.hidden.clone()), place(captured.hidden.clone())
-    bench, results, errors = Workbench(CUDA, torch.bfloat16), [], []
-    for index, block in enumerate(blocks):
-        working = (bench if together else Workbench(CUDA, torch.bfloat16)).load(block, captured.arguments[index])
-        advance(working.module, original, working.arguments)
-        schemes = dict.fromkeys(block.linears(), QuantScheme.parse(scheme))
-        statistics = observe_inputs(working.module, schemes, quantized, working.arguments)
-        loss = ModelTail(model, blocks, CUDA, torch.bfloat16).divergence if kl else mean_squared_error
-        with working.quantized_inputs(quantized_inputs_of(schemes, statistics)):
-            results.append(
-                tune_block(
-                    working,
-                    schemes,
-                    quantized,
-                    original,
-                    recipe=recipe,
-                    statistics=statistics,
-                    accumulate=accumulate,
-                    generator=torch.Generator().manual_seed(index),
-                    on_step=lambda: None,
-                    loss=loss,
-                )
-            )
-            advance(working.module, quantized, working.arguments)
-        errors.append(relative_distance(quantized, original))
-    return results, errors
+    config._attn_implementation = attention
+    return tune_in_turn(
+        make_model(config).bfloat16(),
+        SAMPLES,
+        everywhere(schemes) if isinstance(schemes, str) else schemes,
+        recipe,
+        device="cuda",
+        dtype=torch.bfloat16,
+        together=together,
+        pinned=pinned,
+        accumulate=accumulate,
+    )
 
 
-def assert_same(left: list[TunedBlock], right: list[TunedBlock]) -> None:
-    for block, (mine, other) in enumerate(zip(left, right, strict=True)):
-        for name, weight in mine.weights.items():
-            assert torch.equal(weight.codes.float(), other.weights[name].codes.float()), (block, name)
-            assert torch.equal(weight.scale.float(), other.weights[name].scale.float()), (block, name)
-        assert mine.final_loss == pytest.approx(other.final_loss, rel=1e-5)
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_recorded_step_used_by_all_blocks_equals_eager_steps_of_each(
-    scheme: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recorded, errors = tune(scheme)
-    monkeypatch.setattr(steps, "GRAPHED", False)
-    eager, _ = tune(scheme, together=False)
-    assert_same(recorded, eager)
-    assert errors[0] < 0.95 * recorded[0].start_error
-
-
-def test_one_graph_serves_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    records: list[int] = []
+@pytest.fixture
+def recordings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[steps.Steps]]:
+    """Whose steps were recorded."""
+    recorded: list[steps.Steps] = []
     record = steps.Steps._record
-    monkeypatch.setattr(steps.Steps, "_record", lambda self: records.append(1) or record(self))
-    tune("W4A16G32")
-    assert len(records) == 1
+    monkeypatch.setattr(steps.Steps, "_record", lambda self: recorded.append(self) or record(self))
+    yield recorded
+    recorded.clear()  # graphs hold memory
+
+
+@pytest.mark.parametrize("scheme", RECORDED)
+def test_a_recorded_step_used_by_all_blocks_equals_eager_steps_of_each(
+    scheme: str, recordings: list[steps.Steps], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = tune(scheme)
+    assert len(recordings) == 1
+    monkeypatch.setattr(steps, "GRAPHED", False)
+    assert_same(recorded, tune(scheme, together=False))
+    assert len(recordings) == 1
+    assert recorded.errors[0] < 0.97 * recorded.blocks[0].start_error
+
+
+@pytest.mark.parametrize("scheme", EAGER)
+def test_steps_without_a_kernel_are_not_recorded_and_memory_used_again_changes_nothing(
+    scheme: str, recordings: list[steps.Steps]
+) -> None:
+    together = tune(scheme)
+    assert_same(together, tune(scheme, together=False))
+    assert not recordings
+    assert all(layer.moved > 0 for block in together.blocks for layer in block.layers.values())
+
+
+def test_one_layer_without_a_kernel_keeps_its_block_from_being_recorded(recordings: list[steps.Steps]) -> None:
+    def mixed(index: int, block: Block) -> dict[str, QuantScheme]:
+        schemes = dict.fromkeys(block.linears(), QuantScheme.parse("W4A16G32"))
+        return schemes | ({"mlp.down_proj": QuantScheme.parse("FP8_BLOCK")} if index == 1 else {})
+
+    together = tune(mixed)
+    assert len(recordings) == 2  # before and after the block in the middle
+    assert_same(together, tune(mixed, together=False))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_samples_in_pinned_memory_give_the_same(accumulate: int) -> None:
-    near, errors = tune("W3A16G32", accumulate=accumulate)
-    far, far_errors = tune("W3A16G32", accumulate=accumulate, pinned=True)
+    near = tune("W3A16G32", accumulate=accumulate)
+    far = tune("W3A16G32", accumulate=accumulate, pinned=True)
     assert_same(near, far)
-    assert errors == pytest.approx(far_errors, rel=1e-3)
 
 
-def test_divergence_of_the_logits_can_be_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorded, _ = tune("W3A16G32", kl=True)
+def test_divergence_of_the_logits_can_be_recorded(
+    recordings: list[steps.Steps], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(RECIPE, kl_last_block=True)
+    recorded = tune("W3A16G32", recipe=recipe)
+    assert len(recordings) == 2  # the last block has a graph of its own
     monkeypatch.setattr(steps, "GRAPHED", False)
-    eager, _ = tune("W3A16G32", kl=True, together=False)
-    assert_same(recorded, eager)
+    assert_same(recorded, tune("W3A16G32", recipe=recipe, together=False))
 
 
 @pytest.mark.parametrize("scheme", ["W3A16G32", "NVFP4"])
 def test_a_compiled_block_tunes_as_well(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, errors = tune(scheme, attention="sdpa")
+    errors = tune(scheme, attention="sdpa").errors
     monkeypatch.setattr(steps, "COMPILED", True)
-    _, compiled = tune(scheme, attention="sdpa")
-    assert compiled == pytest.approx(errors, rel=0.1)
+    assert tune(scheme, attention="sdpa").errors == pytest.approx(errors, rel=0.1)
