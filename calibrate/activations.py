@@ -22,17 +22,24 @@ class InputStatistics:
 
     amax: Tensor  # scalar float32
     square_sum: Tensor  # [K] float32
+    second_moments: Tensor | None = None  # sum of x^T x, [K, K] float32
 
     @classmethod
-    def of(cls, x: Tensor) -> InputStatistics:
+    def of(cls, x: Tensor, *, second_moments: bool = False) -> InputStatistics:
         """Of an input [..., K]."""
         values = x.detach().flatten(0, -2).float()
-        return cls(values.abs().amax(), values.square().sum(0))
+        return cls(values.abs().amax(), values.square().sum(0), values.T @ values if second_moments else None)
 
     def merge(self, other: InputStatistics) -> None:
         """Take further samples in."""
-        self.amax = torch.maximum(self.amax, other.amax)
+        self.widen(other)
         self.square_sum += other.square_sum
+        if self.second_moments is not None and other.second_moments is not None:
+            self.second_moments += other.second_moments
+
+    def widen(self, other: InputStatistics) -> None:
+        """Take further samples in for the range only."""
+        self.amax = torch.maximum(self.amax, other.amax)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,25 +52,32 @@ class QuantizedInput:
 
 @torch.no_grad()
 def observe_inputs(
-    block: nn.Module, names: Collection[str], hidden: Tensor, arguments: dict[str, Any]
+    block: nn.Module,
+    names: Collection[str],
+    hidden: Tensor,
+    arguments: dict[str, Any],
+    *,
+    second_moments: bool = False,
 ) -> dict[str, InputStatistics]:
     """Statistics of the inputs of the layers ``names`` over the block's inputs [S, T, H]."""
     if not names:
         return {}
     device = next(block.parameters()).device
-    with recorded_inputs(block, names) as seen:
+    with recorded_inputs(block, names, second_moments=second_moments) as seen:
         for part in token_parts(hidden):
             run_block(block, part.to(device), arguments)
     return seen
 
 
 @contextmanager
-def recorded_inputs(model: nn.Module, names: Collection[str]) -> Iterator[dict[str, InputStatistics]]:
+def recorded_inputs(
+    model: nn.Module, names: Collection[str], *, second_moments: bool = False
+) -> Iterator[dict[str, InputStatistics]]:
     """Statistics of everything [..., K] that these layers are fed inside the context, by name."""
     seen: dict[str, InputStatistics] = {}
 
     def record(name: str, x: Tensor) -> Tensor:
-        statistics = InputStatistics.of(x)
+        statistics = InputStatistics.of(x, second_moments=second_moments)
         if name in seen:
             seen[name].merge(statistics)
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -31,17 +30,14 @@ def advance(block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> None
         part.copy_(output)
 
 
-@torch.no_grad()
-def relative_error(block: nn.Module, inputs: Tensor, targets: Tensor, arguments: dict[str, Any]) -> float:
-    """`relative_distance` of the block's outputs for inputs [S, T, H] from targets [S, T, H]."""
-    device = next(block.parameters()).device
-    outputs = (run_block(block, part.to(device), arguments) for part in token_parts(inputs))
-    return _relative_distance(outputs, token_parts(targets))
-
-
 def relative_distance(hidden: Tensor, reference: Tensor) -> float:
     """Squared distance of [S, T, H] from a reference over the reference's squared norm, in float64."""
-    return _relative_distance(token_parts(hidden), token_parts(reference))
+    error = norm = 0.0
+    for part, expected in zip(token_parts(hidden), token_parts(reference), strict=True):
+        expected = expected.to(part.device).float()  # noqa: PLW2901
+        error += (part.float() - expected).square().sum(dtype=torch.float64).item()
+        norm += expected.square().sum(dtype=torch.float64).item()
+    return error / norm if error else 0.0
 
 
 @torch.no_grad()
@@ -63,12 +59,3 @@ def first_non_finite(block: nn.Module, inputs: Tensor, arguments: dict[str, Any]
         for hook in hooks:
             hook.remove()
     return culprits[0] if culprits else "the block's own arithmetic"
-
-
-def _relative_distance(parts: Iterable[Tensor], references: Iterable[Tensor]) -> float:
-    error = norm = 0.0
-    for part, reference in zip(parts, references, strict=True):
-        expected = reference.to(part.device).float()
-        error += (part.float() - expected).square().sum(dtype=torch.float64).item()
-        norm += expected.square().sum(dtype=torch.float64).item()
-    return error / norm if error else 0.0

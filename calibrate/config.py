@@ -37,6 +37,7 @@ class Recipe:
     momentum: float = 0.0  # share of the running mean of the gradients that a step keeps
     scale_search: bool = False  # start from the best scales of a grid; else from the full range
     kl_last_block: bool = False  # tune the last block on the model's output distribution; else on its hidden states
+    gptq: bool = False  # without steps: round by GPTQ and coordinate descent; else to nearest
 
     def learning_rate(self, step: int) -> float:
         """The rate of a step: linear from ``lr`` to 0."""
@@ -50,6 +51,7 @@ RECIPES = {
     "fast": Recipe(iters=200, batch_size=1, momentum=0.5, **_OURS),
     "light": Recipe(iters=50, batch_size=2, momentum=0.5, **_OURS),
     "rtn": Recipe(iters=0, batch_size=1, scale_search=True),
+    "gptq": Recipe(iters=0, batch_size=1, scale_search=True, gptq=True),
     "autoround": Recipe(iters=200, batch_size=8),
     "autoround-best": Recipe(iters=1000, batch_size=8, nsamples=512),
     "autoround-light": Recipe(iters=50, batch_size=8, lr=5e-3),
@@ -84,6 +86,7 @@ class CalibrationConfig:
     momentum: float | None = None
     scale_search: bool | None = None
     kl_last_block: bool | None = None
+    gptq: bool | None = None
     gradient_accumulate_steps: int = 1
     device: str = "auto"
     seed: int = 42
@@ -100,6 +103,8 @@ class CalibrationConfig:
         if isinstance(self.dataset, os.PathLike):
             object.__setattr__(self, "dataset", os.fspath(self.dataset))
         problems = [*self._unknown_names(), *self._out_of_range()]
+        if not problems and self.tuning.gptq and self.tuning.iters:
+            problems.append("gptq rounds without steps, and steps after it gain nothing; drop it or set iters to 0")
         for scheme, group_size in [(self.scheme, self.group_size), *((scheme, None) for _, scheme in self.rules)]:
             try:
                 _ = parse_scheme(scheme, group_size)

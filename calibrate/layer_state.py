@@ -74,15 +74,18 @@ class LayerState:
         self._quantizer.step(self.target, self.rounding, self.means, grad, rate, weight.data, self.finite)
 
     @torch.no_grad()
-    def finish(self, name: str) -> QuantizedWeight:
+    def finish(self, name: str, values: Tensor | None = None) -> QuantizedWeight:
         """The layer as it goes to disk, and, rounded as it is served, into the module.
+
+        Args:
+            values: see `freeze`.
 
         Raises:
             NonFiniteError: a gradient or a scale that is not finite.
         """
         if not self.finite:
             raise NonFiniteError(f"{name}: a gradient is not finite")
-        weight = freeze(self.target, self.rounding)
+        weight = freeze(self.target, self.rounding, values)
         dequantized = weight.dequantize()
         if not dequantized.isfinite().all():
             raise NonFiniteError(f"{name}: a scale is not finite in {weight.scale.dtype}")

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from calibrate.activations import observe_inputs, quantized_inputs_of
+from calibrate.activations import InputStatistics, observe_inputs, quantized_inputs_of
 from calibrate.blocks import Block, capture_inputs
-from calibrate.chain import NonFiniteError, advance, relative_distance
+from calibrate.chain import NonFiniteError, advance
 from calibrate.checkpoint import CheckpointWriter
-from calibrate.config import CalibrationConfig
+from calibrate.config import CalibrationConfig, Recipe
 from calibrate.inspection import inspect_checkpoint
 from calibrate.kv_cache import observed
 from calibrate.outside import quantize_embedding, quantize_heads, replaced_weight
@@ -27,6 +27,7 @@ from calibrate.steps import Loss
 from calibrate.tail import ModelTail
 from calibrate.tuning import TunedBlock, mean_squared_error, tune_block
 from calibrate.workbench import Workbench, WorkingBlock
+from vllm_autoround.format.scheme import QuantScheme
 from vllm_autoround.format.weights import QuantizedWeight
 
 
@@ -83,10 +84,13 @@ def calibrate(model: str | Path, out: str | Path, **settings: Any) -> dict[str, 
             reports.append(
                 BlockReport(
                     name=block.name,
-                    start_db=decibels(tuned.start_error),
-                    tuned_db=decibels(relative_distance(quantized, original)),
-                    final_loss=tuned.final_loss,
+                    start_db=decibels(tuned.start.error),
+                    tuned_db=decibels(tuned.tuned.error),
                     objective="mse" if loss is mean_squared_error else "kl",
+                    start_loss=tuned.start.loss,
+                    tuned_loss=tuned.tuned.loss,
+                    kept_start=tuned.kept_start,
+                    final_loss=tuned.final_loss,
                     seconds=block_watch.seconds(),
                     layers=tuned.layers,
                 )
@@ -104,6 +108,7 @@ def calibrate(model: str | Path, out: str | Path, **settings: Any) -> dict[str, 
             "model_revision": source.revision,
             "settings": _settings(config),
             "tuning": asdict(config.tuning),
+            "heldout_samples": plan.heldout,
             "samples_sha256": hashlib.sha256(plan.samples.numpy().tobytes()).hexdigest(),
             "environment": versions,
             "checkpoints": {
@@ -148,8 +153,7 @@ def _calibrate_block(
     schemes = plan.schemes(block)
     advance(working.module, original, working.arguments)
     # On the quantized chain: what the layers will be fed when they are served.
-    needed = [name for name, s in schemes.items() if config.tuning.scale_search or s.activations is not None]
-    statistics = observe_inputs(working.module, needed, quantized, working.arguments)
+    statistics = _statistics(working, schemes, quantized, plan.heldout, config.tuning)
     inputs = quantized_inputs_of(schemes, statistics)
     with working.quantized_inputs(inputs):
         tuned = tune_block(
@@ -159,6 +163,7 @@ def _calibrate_block(
             original,
             recipe=config.tuning,
             statistics=statistics,
+            heldout=plan.heldout,
             accumulate=config.gradient_accumulate_steps,
             generator=torch.Generator().manual_seed(config.seed + index),
             on_step=on_step,
@@ -171,6 +176,21 @@ def _calibrate_block(
         if made.scale is not None
     }
     return tuned, scales
+
+
+def _statistics(
+    working: WorkingBlock, schemes: Mapping[str, QuantScheme], quantized: Tensor, heldout: int, recipe: Recipe
+) -> dict[str, InputStatistics]:
+    """Of the layers' inputs, of every layer that needs them: ranges over all samples [S, T, H], for the scales of
+    activations; everything else over those that are not held out."""
+    needed = [name for name, s in schemes.items() if recipe.scale_search or recipe.gptq or s.activations is not None]
+    tuned_on, judges = quantized.split([len(quantized) - heldout, heldout])
+    module, arguments = working.module, working.arguments
+    statistics = observe_inputs(module, needed, tuned_on, arguments, second_moments=recipe.gptq)
+    if heldout:
+        for name, seen in observe_inputs(module, needed, judges, arguments).items():
+            statistics[name].widen(seen)
+    return statistics
 
 
 def _place(original: Tensor, quantized: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from vllm_autoround.format.manifest import Manifest
 from vllm_autoround.format.scheme import QuantScheme
 
 _DISK_RESERVE = 64 << 20  # bytes beyond the checkpoint itself
+_TUNED_ON = 15  # samples for each one that is held out
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,11 @@ class Plan:
     manifest: Manifest
     device: torch.device
     compute_dtype: torch.dtype
+
+    @property
+    def heldout(self) -> int:
+        """How many samples, the last ones, no tuning step sees: they judge it. 0 if there is but one sample."""
+        return -(-len(self.samples) // (_TUNED_ON + 1)) if len(self.samples) > 1 else 0
 
     def schemes(self, block: Block) -> dict[str, QuantScheme]:
         """Scheme by layer name relative to the block."""

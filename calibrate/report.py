@@ -26,13 +26,17 @@ _PACKAGES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockReport:
-    """Errors are relative squared errors of the block's output against the original model's, in dB; None for 0."""
+    """Measured on the held-out samples. Errors are relative squared errors of the block's output against the original
+    model's, in dB; None for 0."""
 
     name: str
-    start_db: float | None  # before the first step, on the same inputs
+    start_db: float | None  # before the first step
     tuned_db: float | None
     objective: str  # of the tuning: "mse" of the block's output or "kl" of the model's
-    final_loss: float | None  # mean squared error of the last step; None without tuning
+    start_loss: float  # of the objective
+    tuned_loss: float
+    kept_start: bool  # tuning made the objective worse
+    final_loss: float | None  # of the objective, on the samples of the last step; None without tuning
     seconds: float
     layers: dict[str, LayerReport]
 
@@ -72,9 +76,12 @@ class Progress:
         if report.final_loss is not None:
             line += f", {_db(report.tuned_db)} dB tuned"
         tqdm.write(f"{line}  ({report.seconds:.1f} s)", file=sys.stderr)
-        # A block tuned on the model's output may well be further from its own.
-        if report.final_loss is not None and report.objective == "mse" and report.gain_db < 0:
-            tqdm.write(f"WARNING: {report.name} is worse tuned than rounded; more steps would help", file=sys.stderr)
+        if report.kept_start:
+            tqdm.write(
+                f"WARNING: {report.name} keeps its start: tuning made it worse on the held-out samples; more samples, "
+                "or smaller steps, would help",
+                file=sys.stderr,
+            )
         self._blocks.update()
 
     def close(self) -> None:

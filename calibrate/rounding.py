@@ -205,11 +205,30 @@ def group_errors(target: Target, rounding: Rounding, importance: Tensor) -> Tens
     return (error.square() * weights).sum((1, 3))
 
 
-def freeze(target: Target, rounding: Rounding) -> QuantizedWeight:
-    """The layer as it goes to disk; dequantizing it gives `fake_quantize` bit for bit."""
+class Grid(NamedTuple):
+    """Scale and zero point of every weight, [N, K] float32 each."""
+
+    scale: Tensor
+    zero: Tensor
+
+
+def grid_of(target: Target, rounding: Rounding) -> Grid:
+    """What `fake_quantize` scales and shifts every weight by."""
+    state = _quantize(target, rounding)
+    shape = target.weight.shape
+    return Grid(*(target.tile.merge(t.expand_as(state.value), shape) for t in (state.scale, state.zero)))
+
+
+def freeze(target: Target, rounding: Rounding, values: Tensor | None = None) -> QuantizedWeight:
+    """The layer as it goes to disk; dequantizing it gives `fake_quantize` bit for bit.
+
+    Args:
+        values: q [N, K], if others are wanted than those that ``rounding`` gives; its scales are kept.
+    """
     state = _quantize(target, rounding)
     zero = None if target.type.symmetric else state.zero[:, 0, :, 0]
-    values = target.tile.merge(state.value, target.weight.shape)
+    if values is None:
+        values = target.tile.merge(state.value, target.weight.shape)
     # Of its own memory: that of the target may be given to another layer.
     global_scale = None if target.global_scale is None else target.global_scale.clone()
     return store(values, state.scale[:, 0, :, 0], zero, target.type, target.weight.dtype, global_scale)

@@ -2,7 +2,7 @@
 
 The loss is the mean squared error between the block's output on the quantized chain's inputs and the original block's
 output on the original chain's inputs, or what `Loss` the caller gives. The last iterate is kept; there is no early
-stop.
+stop. Samples that no step sees judge the result: a block that tuning made worse on them goes back to its start.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isfinite
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calibrate.activations import InputStatistics
-from calibrate.chain import NonFiniteError, first_non_finite, relative_error
+from calibrate.chain import NonFiniteError, advance, first_non_finite, relative_distance
 from calibrate.config import Recipe
+from calibrate.gptq import gptq
 from calibrate.layer_schemes import fused_groups
 from calibrate.layer_state import LayerReport, LayerState
 from calibrate.rounding import OFFSET_UNIT, Rounding, Target, freeze, targets
@@ -34,13 +35,22 @@ def mean_squared_error(output: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(output.float(), target.float())
 
 
+class Verdict(NamedTuple):
+    """How good a block is, on the held-out samples."""
+
+    error: float  # relative squared error of its output
+    loss: float  # of the objective that it is tuned on
+
+
 @dataclass(frozen=True, slots=True)
 class TunedBlock:
     """The result of tuning: what goes to disk, and what the report shows."""
 
     weights: dict[str, QuantizedWeight]  # by layer name relative to the block
     layers: dict[str, LayerReport]
-    start_error: float  # relative squared output error before the first step
+    start: Verdict
+    tuned: Verdict
+    kept_start: bool  # because tuning made the block worse
     final_loss: float | None  # of the last step's samples; None without steps
 
 
@@ -52,6 +62,7 @@ def tune_block(
     *,
     recipe: Recipe,
     statistics: Mapping[str, InputStatistics],
+    heldout: int,
     accumulate: int,
     generator: torch.Generator,
     on_step: Callable[[], None],
@@ -64,6 +75,7 @@ def tune_block(
         inputs: [S, T, H], the quantized chain's input of this block.
         outputs: [S, T, H], the original chain's output of this block.
         statistics: of the layers' inputs, for the scale search.
+        heldout: how many samples, the last ones, are left out of tuning, and judge it; 0: all do both.
         accumulate: minibatches a step.
         generator: draws the minibatches.
         on_step: called after every step.
@@ -72,26 +84,43 @@ def tune_block(
         NonFiniteError: a loss, gradient or scale that is not finite.
     """
     module, arguments = working.module, working.arguments
+    judges = slice(len(inputs) - heldout if heldout else 0, None)
+
+    def judge() -> Verdict:
+        return _judge(working, inputs[judges], outputs[judges], loss)
+
     if not schemes:
-        return TunedBlock({}, {}, relative_error(module, inputs, outputs, arguments), None)
+        start = judge()
+        return TunedBlock({}, {}, start, start, kept_start=False, final_loss=None)
     module.requires_grad_(False)
     starts = _starts(working, schemes, statistics, recipe)
     shape = (recipe.iters, accumulate, recipe.batch_size)
     layers, steps = _set_up(working, schemes, starts, inputs, outputs, recipe, shape, loss)
-    start_error = relative_error(module, inputs, outputs, arguments)
+    start = judge()
 
     final_loss = None
     if recipe.iters:
-        steps.run(_order(len(inputs), shape, generator), _rates(recipe), on_step)
+        steps.run(_order(len(inputs) - heldout, shape, generator), _rates(recipe), on_step)
         losses = steps.losses.tolist()
         for step, value in enumerate(losses):
             if not isfinite(value):
                 culprit = first_non_finite(module, inputs[:1].to(working.device), arguments)
                 raise NonFiniteError(f"{culprit} gives a value that is not finite; the loss of step {step} is {value}")
         final_loss = losses[-1]
-    weights = {name: layer.finish(name) for name, layer in layers.items()}
+    values = {
+        name: gptq(layer.target, starts[name][1], cast(Tensor, statistics[name].second_moments))
+        for name, layer in layers.items()
+        if recipe.gptq
+    }
+    weights = {name: layer.finish(name, values.get(name)) for name, layer in layers.items()}
+    tuned = judge()
+    kept_start = tuned.loss > start.loss
+    if kept_start:
+        for layer in layers.values():
+            layer.restart()
+        weights, tuned = {name: layer.finish(name) for name, layer in layers.items()}, start
     reports = {name: layer.report(weights[name]) for name, layer in layers.items()}
-    return TunedBlock(weights, reports, start_error, final_loss)
+    return TunedBlock(weights, reports, start, tuned, kept_start, final_loss)
 
 
 @torch.no_grad()
@@ -109,6 +138,16 @@ def quantize_layer(
         ones = torch.ones(weight.shape[1], device=weight.device)
         target, start = search_scales(target, ones if importance is None else importance)
     return freeze(target, start)
+
+
+@torch.no_grad()
+def _judge(working: WorkingBlock, inputs: Tensor, outputs: Tensor, loss: Loss) -> Verdict:
+    """The block as it is, given its inputs and what should come out, [S, T, H] each."""
+    made = inputs.clone()
+    advance(working.module, made, working.arguments)
+    samples = zip(made.split(1), outputs.split(1), strict=True)
+    losses = [loss(mine.to(working.device), theirs.to(working.device)) for mine, theirs in samples]
+    return Verdict(relative_distance(made, outputs), torch.stack(losses).double().mean().item())
 
 
 @torch.no_grad()

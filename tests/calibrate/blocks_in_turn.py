@@ -69,6 +69,7 @@ def tune_in_turn(
                 original,
                 recipe=recipe,
                 statistics=statistics,
+                heldout=0,
                 accumulate=accumulate,
                 generator=torch.Generator().manual_seed(index),
                 on_step=lambda: None,

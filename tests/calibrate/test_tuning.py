@@ -22,7 +22,13 @@ SAMPLES = torch.randint(2, 128, (8, 24), generator=torch.Generator().manual_seed
 
 
 def tune(
-    iters: int, scheme: str = "W3A16G32", *, accumulate: int = 1, batch: int = 4, recipe: Recipe = PLAIN
+    iters: int,
+    scheme: str = "W3A16G32",
+    *,
+    accumulate: int = 1,
+    batch: int = 4,
+    recipe: Recipe = PLAIN,
+    heldout: int = 0,
 ) -> tuple[TunedBlock, float, nn.Module]:
     model = make_model(tf.LlamaConfig(**COMMON)).bfloat16()
     blocks = find_blocks(model)
@@ -32,7 +38,7 @@ def tune(
     inputs, targets = captured.hidden.clone(), captured.hidden.clone()
     advance(block, targets, arguments)
     schemes = dict.fromkeys(blocks[0].linears(), QuantScheme.parse(scheme))
-    statistics = observe_inputs(block, schemes, inputs, arguments)
+    statistics = observe_inputs(block, schemes, inputs, arguments, second_moments=recipe.gptq)
     with working.quantized_inputs(quantized_inputs_of(schemes, statistics)):
         tuned = tune_block(
             working,
@@ -41,6 +47,7 @@ def tune(
             targets,
             recipe=replace(recipe, iters=iters, batch_size=batch),
             statistics=statistics,
+            heldout=heldout,
             accumulate=accumulate,
             generator=torch.Generator().manual_seed(0),
             on_step=lambda: None,
@@ -64,10 +71,12 @@ def tune(
 def test_tuning_beats_rounding_to_nearest_on_its_own_objective(scheme: str, most: float) -> None:
     tuned, error, _ = tune(60, scheme)
     nearest, nearest_error, _ = tune(0, scheme)
-    assert nearest_error == pytest.approx(nearest.start_error)
+    assert nearest_error == pytest.approx(nearest.start.error)
     assert nearest.final_loss is None
-    assert tuned.start_error == pytest.approx(nearest.start_error)
-    assert error < most * tuned.start_error
+    assert nearest.tuned == nearest.start == tuned.start
+    assert tuned.tuned.error == pytest.approx(error)
+    assert tuned.tuned.loss < tuned.start.loss
+    assert error < most * tuned.start.error
     assert all(0 < layer.moved < 0.6 for layer in tuned.layers.values())
     assert all(layer.moved == 0 for layer in nearest.layers.values())
 
@@ -75,9 +84,40 @@ def test_tuning_beats_rounding_to_nearest_on_its_own_objective(scheme: str, most
 def test_a_searched_scale_is_a_better_start_and_momentum_works_from_it() -> None:
     plain, _, _ = tune(0, "W2A16G32")
     searched, _, _ = tune(0, "W2A16G32", recipe=replace(PLAIN, scale_search=True))
-    assert searched.start_error < 0.9 * plain.start_error
+    assert searched.start.error < 0.9 * plain.start.error
     _, error, _ = tune(60, "W2A16G32", recipe=replace(PLAIN, scale_search=True, momentum=0.5, scale_lr=0.5))
-    assert error < 0.6 * searched.start_error
+    assert error < 0.6 * searched.start.error
+
+
+def test_a_block_that_tuning_makes_worse_keeps_its_start() -> None:
+    wild = replace(PLAIN, lr=1.0)
+    tuned, error, block = tune(3, recipe=wild, heldout=2)
+    nearest, nearest_error, _ = tune(0, heldout=2)
+    assert tuned.kept_start
+    assert not nearest.kept_start
+    assert tuned.tuned == tuned.start == nearest.start
+    assert error == nearest_error
+    for name, weight in nearest.weights.items():
+        assert torch.equal(tuned.weights[name].codes, weight.codes)
+        assert torch.equal(block.get_submodule(name).weight, weight.dequantize().bfloat16().float())
+    assert all(layer.moved == 0 for layer in tuned.layers.values())
+
+
+def test_held_out_samples_are_not_tuned_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr("calibrate.tuning._order", lambda *args: drawn.append(_order(*args)) or drawn[-1])
+    tune(6, heldout=2)
+    assert set(drawn[0].flatten().tolist()) == set(range(6))
+
+
+@pytest.mark.parametrize("scheme", ["W3A16G32", "W2A16G32_ASYM", "NVFP4A16", "MXFP4A16", "FP8_BLOCK"])
+def test_gptq_beats_rounding_to_nearest_without_steps(scheme: str) -> None:
+    searched = replace(PLAIN, scale_search=True)
+    nearest, nearest_error, _ = tune(0, scheme, recipe=searched)
+    rounded, error, _ = tune(0, scheme, recipe=replace(searched, gptq=True))
+    assert rounded.start == nearest.start
+    assert rounded.final_loss is None
+    assert error < 0.8 * nearest_error
 
 
 def test_the_block_is_left_with_the_weights_that_go_to_disk() -> None:

@@ -66,7 +66,7 @@ def test_a_recorded_step_used_by_all_blocks_equals_eager_steps_of_each(
     monkeypatch.setattr(steps, "GRAPHED", False)
     assert_same(recorded, tune(scheme, together=False))
     assert len(recordings) == 1
-    assert recorded.errors[0] < 0.97 * recorded.blocks[0].start_error
+    assert recorded.errors[0] < 0.97 * recorded.blocks[0].start.error
 
 
 @pytest.mark.parametrize("scheme", EAGER)
