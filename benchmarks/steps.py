@@ -115,7 +115,7 @@ def _time_step(scheme: str, shape: BlockShape, batch: int, *, graphed: bool, com
         for name in block.linears():
             [target] = targets([working.originals[name]], quant.weights)
             module = working.module.get_submodule(name)
-            layers.append(LayerState(module, target, Rounding.nearest(target), recipe.momentum, MOST_CLIP))  # type: ignore[arg-type]
+            layers.append(LayerState(module, target, Rounding.nearest(target), recipe, MOST_CLIP))  # type: ignore[arg-type]
         shape_of_steps = (recipe.iters, 1, batch)
         runner = steps.Steps(
             working.module, working.arguments, layers, hidden, hidden.roll(1, 0), mean_squared_error, shape_of_steps

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
 
-from calibrate.config import DEFAULT_DATASET, RECIPES, CalibrationConfig, CalibrationError, KVCache
+from calibrate.config import DEFAULT_DATASET, RECIPES, CalibrationConfig, CalibrationError, KVCache, Optimizer
 from calibrate.formats import FORMATS, subfolder
 from vllm_autoround.format.errors import ManifestError, SchemeError
 
@@ -120,6 +120,11 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--scale-lr", type=float, metavar="F", help="rate of the scales, relative to lr")
     how.add_argument(
         "--momentum", type=float, metavar="F", help="share of the gradients' running mean that a step keeps"
+    )
+    how.add_argument(
+        "--optimizer",
+        choices=get_args(Optimizer),
+        help="sign of the gradient's running mean, or AdamW, which is slower and does not use --momentum",
     )
     how.add_argument(
         "--scale-search", action=argparse.BooleanOptionalAction, help="start from the best scales of a grid"

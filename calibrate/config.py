@@ -18,6 +18,7 @@ IGNORE = "ignore"  # the scheme of a layer that stays as it is
 
 Dataset = str | Sequence[str] | Sequence[Sequence[int]]
 KVCache = Literal["fp8", "fp8_per_head"]
+Optimizer = Literal["signsgd", "adamw"]
 
 
 class CalibrationError(ValueError):
@@ -35,6 +36,7 @@ class Recipe:
     lr: float | None = None  # of the first step; None: 1 / iters
     scale_lr: float = 1.0  # of the scales, relative to lr
     momentum: float = 0.0  # share of the running mean of the gradients that a step keeps
+    optimizer: Optimizer = "signsgd"  # adamw: with torch's betas, not ``momentum``
     scale_search: bool = False  # start from the best scales of a grid; else from the full range
     kl_last_block: bool = False  # tune the last block on the model's output distribution; else on its hidden states
     gptq: bool = False  # without steps: round by GPTQ and coordinate descent; else to nearest
@@ -84,6 +86,7 @@ class CalibrationConfig:
     lr: float | None = None
     scale_lr: float | None = None
     momentum: float | None = None
+    optimizer: Optimizer | None = None
     scale_search: bool | None = None
     kl_last_block: bool | None = None
     gptq: bool | None = None
@@ -135,6 +138,8 @@ class CalibrationConfig:
         known = [("recipe", self.recipe, RECIPES), *(("format", name, FORMATS) for name in self.formats)]
         if self.kv_cache is not None:
             known.append(("kv-cache", self.kv_cache, get_args(KVCache)))
+        if self.optimizer is not None:
+            known.append(("optimizer", self.optimizer, get_args(Optimizer)))
         return [
             f"{setting} {value!r} is unknown; known are {', '.join(names)}"
             for setting, value, names in known

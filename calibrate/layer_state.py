@@ -10,8 +10,10 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from calibrate.adamw import AdamWStep
 from calibrate.chain import NonFiniteError
 from calibrate.compilation import compiled
+from calibrate.config import Recipe
 from calibrate.rounding import Gradients, Rounding, Target, fake_quantize, freeze, sign_step
 from vllm_autoround.format.weights import QuantizedWeight
 
@@ -29,15 +31,15 @@ class LayerReport:
 class LayerState:
     """A layer's trainable values, in memory that stays where it is while layer after layer is loaded into it."""
 
-    def __init__(self, module: nn.Linear, target: Target, start: Rounding, momentum: float, most_clip: float) -> None:
+    def __init__(self, module: nn.Linear, target: Target, start: Rounding, recipe: Recipe, most_clip: float) -> None:
         """Take over the tensors of ``target``; see `load` for the rest."""
         self.module = module
         self.target = target
-        self.rounding = start.clone()
-        self.means = Gradients.means(self.rounding) if momentum else None
+        self.rounding = start.clone(torch.float32 if recipe.optimizer == "adamw" else torch.int16)
+        self.means = Gradients.means(self.rounding) if recipe.momentum and recipe.optimizer == "signsgd" else None
         self.finite = torch.ones((), dtype=torch.bool, device=target.weight.device)  # every gradient so far was
         self._start = start
-        self._quantizer = _quantizer(target, momentum, most_clip)
+        self._quantizer = _quantizer(target, self.rounding, recipe, most_clip)
 
     @property
     def recordable(self) -> bool:
@@ -64,6 +66,7 @@ class LayerState:
             for mean in (self.means.offset, self.means.low_clip, self.means.high_clip):
                 mean.zero_()
         self.finite.fill_(True)
+        self._quantizer.restart()
         self._quantizer.install(self.target, self.rounding, self.module.weight)
 
     @torch.no_grad()
@@ -112,22 +115,28 @@ class _Quantizer(NamedTuple):
     step: Callable[[Target, Rounding, Gradients | None, Tensor, Tensor, Tensor, Tensor], None]
     install: Callable[[Target, Rounding, Tensor], None]
     recordable: bool
+    restart: Callable[[], None] = lambda: None
 
 
-def _quantizer(target: Target, momentum: float, most_clip: float) -> _Quantizer:
+def _quantizer(target: Target, rounding: Rounding, recipe: Recipe, most_clip: float) -> _Quantizer:
     """On a GPU one kernel each, or else compiled; on the CPU as they are written."""
-    step, install, recordable = sign_step, _install, False
-    if target.weight.device.type == "cuda":
-        from calibrate import fused_step  # noqa: PLC0415 (needs Triton, which a CPU may be without)
+    momentum = recipe.momentum
+    if recipe.optimizer == "adamw":
+        adamw = AdamWStep(rounding)
+        return _Quantizer(partial(adamw, momentum=momentum, most_clip=most_clip), _install, False, adamw.restart)
+    if target.weight.device.type != "cuda":
+        return _Quantizer(partial(sign_step, momentum=momentum, most_clip=most_clip), _install, False)
+    from calibrate import fused_step  # noqa: PLC0415 (needs Triton, which a CPU may be without)
 
-        # Replayed from a CUDA graph, the compiled step of 128 x 128 tiles gave other results than called from Python.
-        # Why was not found, so nothing compiled is recorded.
-        recordable = fused_step.supports(target)
-        if recordable:
-            step, install = fused_step.fused_sign_step, fused_step.fused_fake_quantize
-        else:
-            step, install = compiled(sign_step), compiled(_install)
-    return _Quantizer(partial(step, momentum=momentum, most_clip=most_clip), install, recordable)
+    if fused_step.supports(target):
+        return _Quantizer(
+            partial(fused_step.fused_sign_step, momentum=momentum, most_clip=most_clip),
+            fused_step.fused_fake_quantize,
+            True,
+        )
+    # Replayed from a CUDA graph, the compiled step of 128 x 128 tiles gave other results than called from Python. Why
+    # was not found, so nothing compiled is recorded.
+    return _Quantizer(partial(compiled(sign_step), momentum=momentum, most_clip=most_clip), compiled(_install), False)
 
 
 def _install(target: Target, rounding: Rounding, out: Tensor) -> None:

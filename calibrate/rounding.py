@@ -47,7 +47,7 @@ SUM_CHUNK = 4096  # see `ordered_sum`
 class Rounding:
     """The trainable values of one layer, changed in place by `sign_step`."""
 
-    offset: Tensor  # V / OFFSET_UNIT [N, K] int16
+    offset: Tensor  # V / OFFSET_UNIT [N, K] int16; float32 under AdamW
     low_clip: Tensor  # beta [R, C]
     high_clip: Tensor  # alpha [R, C]
 
@@ -59,9 +59,9 @@ class Rounding:
         clips = [torch.as_tensor(clip, device=bounds.device).expand_as(bounds) for clip in (low_clip, high_clip)]
         return cls(zero.expand_as(target.weight), *clips)
 
-    def clone(self) -> Rounding:
-        """With memory of its own."""
-        tensors = (self.offset, self.low_clip, self.high_clip)
+    def clone(self, offsets: torch.dtype = torch.int16) -> Rounding:
+        """With memory of its own, and the offset in this dtype."""
+        tensors = (self.offset.to(offsets), self.low_clip, self.high_clip)
         return Rounding(*(t.clone(memory_format=torch.contiguous_format) for t in tensors))
 
 

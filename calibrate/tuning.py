@@ -186,13 +186,13 @@ def _set_up(
 
     def make() -> tuple[dict[str, LayerState], Steps]:
         modules = {name: cast(nn.Linear, working.module.get_submodule(name)) for name in schemes}
-        layers = {name: LayerState(modules[name], *starts[name], recipe.momentum, most_clip) for name in schemes}
+        layers = {name: LayerState(modules[name], *starts[name], recipe, most_clip) for name in schemes}
         states = list(layers.values())
         return layers, Steps(working.module, working.arguments, states, inputs, outputs, loss, shape)
 
     # What steps cannot be told again. They hold on to samples and loss, so no other can have the address of these.
     samples = (inputs.data_ptr(), inputs.shape, outputs.data_ptr())
-    key = (tuple(schemes.items()), samples, shape, recipe.momentum, most_clip, loss)
+    key = (tuple(schemes.items()), samples, shape, recipe, loss)
     layers, steps = working.keep(key, make)
     for name, layer in layers.items():
         layer.load(*starts[name])

@@ -19,7 +19,7 @@ from tests.calibrate.conftest import COMMON, FAMILIES, make_model
 from vllm_autoround.format.scheme import QuantScheme
 
 SAMPLES = torch.randint(2, 128, (8, 24), generator=torch.Generator().manual_seed(1))
-RECIPE = Recipe(iters=6, batch_size=2, scale_lr=0.5, momentum=0.7, scale_search=True)
+RECIPE = Recipe(iters=6, lr=0.02, batch_size=2, scale_lr=0.5, momentum=0.7, scale_search=True)
 
 
 class Counted:

@@ -110,6 +110,17 @@ def test_held_out_samples_are_not_tuned_on(monkeypatch: pytest.MonkeyPatch) -> N
     assert set(drawn[0].flatten().tolist()) == set(range(6))
 
 
+@pytest.mark.parametrize("scheme", ["W3A16G32", "W4A16G32_ASYM", "NVFP4A16", "FP8_STATIC", "FP8"])
+def test_adamw_tunes_too_and_twice_the_same(scheme: str) -> None:
+    adamw = replace(PLAIN, optimizer="adamw")
+    tuned, error, _ = tune(60, scheme, recipe=adamw)
+    assert error < 0.9 * tuned.start.error
+    again, _, _ = tune(60, scheme, recipe=adamw)
+    assert all(torch.equal(w.codes.float(), again.weights[name].codes.float()) for name, w in tuned.weights.items())
+    signs, _, _ = tune(60, scheme)
+    assert any((w.codes.float() != signs.weights[name].codes.float()).any() for name, w in tuned.weights.items())
+
+
 @pytest.mark.parametrize("scheme", ["W3A16G32", "W2A16G32_ASYM", "NVFP4A16", "MXFP4A16", "FP8_BLOCK"])
 def test_gptq_beats_rounding_to_nearest_without_steps(scheme: str) -> None:
     searched = replace(PLAIN, scale_search=True)

@@ -18,7 +18,7 @@ from vllm_autoround.format.scheme import QuantScheme
 
 pytestmark = pytest.mark.gpu
 SAMPLES = torch.randint(2, 128, (16, 64), generator=torch.Generator().manual_seed(1))
-RECIPE = Recipe(iters=30, batch_size=2, scale_lr=0.5, momentum=0.7, scale_search=True)
+RECIPE = Recipe(iters=30, lr=0.02, batch_size=2, scale_lr=0.5, momentum=0.7, scale_search=True)
 RECORDED = ["W3A16G32", "W4A16G64_ASYM", "W4A16G-1", "NVFP4", "MXFP4", "FP8_STATIC"]
 EAGER = ["FP8", "FP8_BLOCK"]  # a scale is shared by several rows, for which the kernel was not made
 
