@@ -1,7 +1,10 @@
 """Every scheme family in real vLLM on a GPU, against transformers on the weights that the checkpoint stands for.
 
 The truth is float32, with the activations quantized if the kernel does so. The budget is twice the error of the same
-model in bfloat16 that rounds what the kernel is known to round besides (see `_emulate`).
+model in bfloat16 that rounds what the kernel is known to round besides (see `_emulate`). Errors are those of all tokens
+but the worst hundredth: at 3 bits the log-probability of one token in 1,670 moves by anything from .01 to .3 with the
+draw of bfloat16's rounding (150 draws, each tensor rounded under a random factor), and a mean of squares is then that
+token's; a kernel that is wrong moves all of them.
 """
 
 from __future__ import annotations
@@ -127,7 +130,7 @@ def test_logprobs_and_greedy_tokens(
 
     exact, emulated = (torch.cat([_logprobs(model, ids) for ids in texts]) for model in (truth, emulation))
     served = torch.tensor([value for values in result["logprobs"] for value in values], dtype=torch.float64)
-    error, budget = _rms(served - exact), 2 * _rms(emulated - exact)
+    error, budget = _typical(served - exact), 2 * _typical(emulated - exact)
     print(f"{name}: error {error:.5f}, budget {budget:.5f}, kernels {sorted(kernels)}")  # noqa: T201
     assert error <= budget, (sorted(kernels), error, budget)
 
@@ -264,5 +267,7 @@ def _logprobs(model: Any, ids: list[int]) -> Tensor:
     return _distribution(model, ids)[torch.arange(len(ids) - 1), torch.tensor(ids[1:])]
 
 
-def _rms(x: Tensor) -> float:
-    return x.double().square().mean().sqrt().item()
+def _typical(errors: Tensor) -> float:
+    """Root mean square of all but the worst hundredth."""
+    squares = errors.double().square().sort().values
+    return squares[: len(squares) - len(squares) // 100].mean().sqrt().item()
