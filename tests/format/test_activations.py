@@ -234,6 +234,12 @@ def test_static_scale_maps_the_calibrated_amax_to_448() -> None:
     assert FP8_TENSOR.fake_quantize(x, scale).tolist() == [[224.0, -224.0, 0.5, 0.5]]
 
 
+def test_static_scale_of_a_layer_that_was_fed_zeros_takes_what_may_come() -> None:
+    scale = FP8_TENSOR.calibrated(torch.tensor(0.0))
+    assert scale is not None
+    assert scale.tolist() == [1.0]
+
+
 def test_dynamic_types_have_no_scalar() -> None:
     for type_ in (FP8_TOKEN, FP8_GROUP, MXFP4, MXFP8):
         assert type_.calibrated(torch.tensor(3.0)) is None
@@ -291,13 +297,13 @@ class TestVLLM:
 
     def test_static_and_group_fp8_are_equal_and_a_token_to_one_step(self) -> None:
         pytest.importorskip("vllm")
-        from vllm.config import VllmConfig, set_current_vllm_config
+        from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
         from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
         from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
 
         x = adversarial().flatten(0, 1).bfloat16()
         static = FP8_TENSOR.calibrated(x.abs().amax())
-        with set_current_vllm_config(VllmConfig()):
+        with set_current_vllm_config(VllmConfig(device_config=DeviceConfig("cpu"))):
             tensor = QuantFP8(static=True, group_shape=GroupShape.PER_TENSOR)
             group = QuantFP8(static=False, group_shape=GroupShape(1, 128))
             token = QuantFP8(static=False, group_shape=GroupShape.PER_TOKEN)
@@ -317,12 +323,12 @@ class TestVLLM:
     def test_fp8_tokens_near_zero(self) -> None:
         """vLLM's scales are at least 1 / (448 * 512): below an amax of 1/512 its steps are other than ours."""
         pytest.importorskip("vllm")
-        from vllm.config import VllmConfig, set_current_vllm_config
+        from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
         from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
         from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
 
         x = torch.randn(8, K) * 1e-5
-        with set_current_vllm_config(VllmConfig()):
+        with set_current_vllm_config(VllmConfig(device_config=DeviceConfig("cpu"))):
             codes, scale = QuantFP8(static=False, group_shape=GroupShape.PER_TOKEN).forward_native(x)
         assert (scale == 1 / (448 * 512)).all()
         assert (codes.float() * scale - x).abs().max() <= 16 / 448 * 1e-4

@@ -34,12 +34,16 @@ class ActivationType:
         return self.name
 
     def calibrated(self, amax: Tensor) -> Tensor | None:
-        """The checkpoint's scalar [1] float32 for the largest magnitude that the layer was fed; None if it has none."""
+        """The checkpoint's scalar [1] float32 for the largest magnitude that the layer was fed; None if it has none.
+
+        1 for a layer that was fed nothing but zeros: it must not take everything else for overflow.
+        """
         if self.static is None:
             return None
         if self.static == "input_global_scale":
             return nvfp4.global_scale(amax)
-        return (amax.float() / self.grid.highest).clamp(min=_LEAST).reshape(1)
+        scale = (amax.float() / self.grid.highest).clamp(min=_LEAST)
+        return torch.where(amax > 0, scale, 1.0).reshape(1)
 
     def fake_quantize(self, x: Tensor, static: Tensor | None) -> Tensor:
         """x [..., K] -> the values that the layer multiplies by, in float32.
