@@ -2,9 +2,10 @@
 
     python -m benchmarks.tuning
 
-The model has the block shape of a real one and random weights; W4A16, symmetric, groups of 128. The first block, which
-pays for compilation, stands apart from the mean of the later ones. The floor is the same number of steps of a plain
-bfloat16 forward and backward with weight gradients: no quantizer, no update.
+The model has the block shape of a real one and random weights. Everything that a block costs is counted, from its
+reference forward to its shard on disk. The first block, which pays for compilation, stands apart from the mean of the
+later ones. A recipe's floor is as many steps, of as many samples, of a plain bfloat16 forward and backward with weight
+gradients: no quantizer, no update, no forwards besides.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import gc
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -38,12 +39,13 @@ from calibrate.config import RECIPES, Recipe
 from calibrate.plan import compute_dtype, resolve_device
 from calibrate.workbench import WorkingBlock
 from vllm_autoround.format.reader import dequantized_state_dict
+from vllm_autoround.format.scheme import QuantScheme
+from vllm_autoround.format.weights import Integer
 
 _VOCABULARY = 1024
-_BITS = 4
-_GROUP_SIZE = 128
 _SEED = 42
-_FLOOR_STEPS = 20  # timed; the figure is scaled to the recipe's steps
+_PEER = Recipe(iters=200, batch_size=8)  # auto-round's default
+_FLOOR_STEPS = 20  # timed
 _WARM_UP = 3
 
 
@@ -51,110 +53,147 @@ _WARM_UP = 3
 class Row:
     """One line of the table."""
 
+    scheme: str
     contestant: str
     first: float | None = None  # seconds of the first block, compilation included
     later: float  # seconds, mean of the later blocks
+    floor: float  # seconds of the same steps without anything else, compiled
     peak_gib: float | None  # device memory; None on the CPU
+    phases: dict[str, float] | None = None  # of a later block, in the mean; ours only
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Race:
+    """What every contestant gets."""
+
+    model: Path
+    samples: Tensor  # [S, T] token ids
+    device: torch.device
+    floors: dict[int, float]  # seconds a step by samples in it
+
+    def floor(self, recipe: Recipe) -> float:
+        """Seconds a block."""
+        return recipe.iters * self.floors[recipe.batch_size]
+
+    def ours(self, scheme: str, name: str, recipe: Recipe) -> Row:
+        """Calibrate, and check that the checkpoint holds exactly the weights that the tuned blocks ran with.
+
+        Raises:
+            ValueError: it does not, or a weight is not finite.
+        """
+        _forget()
+        with tempfile.TemporaryDirectory() as folder, _tuned_weights(self.device) as tuned:
+            report = calibrate.pipeline.calibrate(
+                self.model,
+                Path(folder) / "ours",
+                scheme=scheme,
+                dataset=self.samples.tolist(),
+                device=str(self.device),
+                seed=_SEED,
+                **asdict(recipe),
+            )
+            peak = _peak_gib(self.device)
+            state = dequantized_state_dict(Path(folder) / "ours", torch.bfloat16)
+        _check_finite("ours", state)
+        for (index, layer), weight in tuned.weights.items():
+            differing = int((state[f"model.layers.{index}.{layer}.weight"] != weight).sum())
+            if differing:
+                raise ValueError(f"block {index}, {layer}: {differing} weights of the checkpoint are not those tuned")
+        blocks = report["blocks"]
+        seconds = [block["seconds"] - copying for block, copying in zip(blocks, tuned.copying_seconds, strict=True)]
+        # The last block has another loss in some recipes; a model has 32 times more of the others.
+        if recipe.kl_last_block:
+            seconds, blocks = seconds[:-1], blocks[:-1]
+        phases = {
+            phase: sum(block["phases"].get(phase, 0.0) for block in blocks[1:]) / len(blocks[1:])
+            for phase in blocks[-1]["phases"]
+        }
+        return _row(scheme, f"ours, {name}", seconds, self.floor(recipe), peak, phases)
+
+    def peer(self, scheme: str, recipe: Recipe) -> Row:
+        """auto-round with its defaults, and a check that the weights of its checkpoint are finite and quantized.
+
+        Raises:
+            ValueError: they are not.
+        """
+        _forget()
+        kind = QuantScheme.parse(scheme).weights
+        integer = isinstance(kind, Integer)
+        with tempfile.TemporaryDirectory() as folder:
+            run = run_auto_round(
+                self.model,
+                Path(folder),
+                self.samples,
+                scheme=f"W{kind.bits}A16" if integer else scheme,
+                group_size=(kind.group_size or -1) if integer else None,
+                symmetric=kind.symmetric,
+                recipe=recipe,
+                seed=_SEED,
+                device=self.device,
+            )
+            peak = _peak_gib(self.device)
+            [checkpoint] = {path.parent for path in Path(folder).rglob("config.json")}
+            state = dequantized_state_dict(checkpoint, torch.bfloat16)
+        _check_finite("auto-round", state)
+        for name, weight in state.items():
+            most = most_levels(weight.to(self.device), kind.group_size) if integer else 0
+            if name.endswith("_proj.weight") and most > 1 << kind.bits:
+                raise ValueError(f"auto-round: {name} is not quantized to {kind.bits} bits")
+        return _row(scheme, "auto-round", run.block_seconds, self.floor(recipe), peak, None)
 
 
 def main() -> int:
     args = _parse()
     device = resolve_device(args.device)
-    recipe = replace(RECIPES["autoround"], iters=args.iters, nsamples=args.nsamples, seqlen=args.seqlen)
-    samples = _random_tokens(recipe)
+    recipes = {name: _scaled(RECIPES[name], args) for name in args.recipes}
+    peer = _scaled(_PEER, args)
+    samples = _random_tokens(args.nsamples, args.seqlen)
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         _make_model(model, SHAPES[args.shape], args.blocks, args.seqlen, device)
-        rows = [_time_floor(model, samples, recipe, device, compiled) for compiled in (False, True)]
-        rows.append(_time_ours(model, Path(folder) / "ours", samples, recipe, device))
-        if args.peer:
-            rows.append(_time_peer(model, Path(folder) / "peer", samples, recipe, device))
+        sizes = {recipe.batch_size for recipe in (*recipes.values(), peer)}
+        floors = {size: _step_floor(model, samples[:size], device) for size in sorted(sizes)}
+        race = Race(model=model, samples=samples, device=device, floors=floors)
+        for scheme in args.schemes:
+            for name, recipe in recipes.items():
+                rows.append(race.ours(scheme, name, recipe))
+                print(_line(rows[-1], None), file=sys.stderr, flush=True)
+            if args.peer:
+                rows.append(race.peer(scheme, peer))
+                print(_line(rows[-1], None), file=sys.stderr, flush=True)
     print(_table(rows))
     payload = {
         "protocol": {
             "shape": args.shape,
             "block": asdict(SHAPES[args.shape]),
             "blocks": args.blocks,
-            "bits": _BITS,
-            "group_size": _GROUP_SIZE,
-            "tuning": asdict(recipe),
+            "recipes": {name: asdict(recipe) for name, recipe in recipes.items()},
+            "peer": asdict(peer),
         },
+        "floor_seconds_a_step": floors,
         "rows": [asdict(row) for row in rows],
     }
-    print(f"\nwritten to {write_result('tuning', payload, args.results)}")
+    print(f"\nwritten to {write_result(args.name, payload, args.results)}")
     return 0
 
 
-def _time_ours(model: Path, out: Path, samples: Tensor, recipe: Recipe, device: torch.device) -> Row:
-    """Calibrate, and check that the checkpoint holds exactly the weights that the tuned blocks ran with.
-
-    Raises:
-        ValueError: it does not, or a weight is not finite.
-    """
-    _forget()
-    with _tuned_weights(device) as tuned:
-        report = calibrate.pipeline.calibrate(
-            model,
-            out,
-            scheme=f"W{_BITS}A16",
-            group_size=_GROUP_SIZE,
-            dataset=samples.tolist(),
-            device=str(device),
-            seed=_SEED,
-            **asdict(recipe),
-        )
-    peak = _peak_gib(device)
-    state = dequantized_state_dict(out, torch.bfloat16)
-    _check_finite("ours", state)
-    for (index, layer), weight in tuned.weights.items():
-        differing = int((state[f"model.layers.{index}.{layer}.weight"] != weight).sum())
-        if differing:
-            raise ValueError(f"block {index}, {layer}: {differing} weights of the checkpoint are not those tuned")
-    seconds = [
-        block["seconds"] - copying for block, copying in zip(report["blocks"], tuned.copying_seconds, strict=True)
-    ]
-    return _row("ours", seconds, peak)
+def _scaled(recipe: Recipe, args: argparse.Namespace) -> Recipe:
+    """The recipe on this run's samples, and with its steps if it names them."""
+    return replace(recipe, iters=args.iters or recipe.iters, nsamples=args.nsamples, seqlen=args.seqlen)
 
 
-def _time_peer(model: Path, out: Path, samples: Tensor, recipe: Recipe, device: torch.device) -> Row:
-    """auto-round with its defaults, and a check that the weights of its checkpoint are finite and quantized.
-
-    Raises:
-        ValueError: they are not.
-    """
-    _forget()
-    run = run_auto_round(
-        model,
-        out,
-        samples,
-        scheme=f"W{_BITS}A16",
-        group_size=_GROUP_SIZE,
-        symmetric=True,
-        recipe=recipe,
-        seed=_SEED,
-        device=device,
-    )
-    peak = _peak_gib(device)
-    [checkpoint] = {path.parent for path in out.rglob("config.json")}
-    state = dequantized_state_dict(checkpoint, torch.bfloat16)
-    _check_finite("auto-round", state)
-    for name, weight in state.items():
-        if name.endswith("_proj.weight") and most_levels(weight.to(device), _GROUP_SIZE) > 1 << _BITS:
-            raise ValueError(f"auto-round: {name} is not quantized to {_BITS} bits")
-    return _row("auto-round", run.block_seconds, peak)
-
-
-def _time_floor(model: Path, samples: Tensor, recipe: Recipe, device: torch.device, compiled: bool) -> Row:
-    """``recipe.iters`` steps of the first block in bfloat16, scaled from fewer."""
+def _step_floor(model: Path, samples: Tensor, device: torch.device) -> float:
+    """Seconds of a step of the first block on ``samples`` [B, T] in bfloat16, compiled."""
     _forget()
     network = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
     block, dtype = find_blocks(network)[0], compute_dtype(device, torch.bfloat16)
-    captured = capture_inputs(network, [block], samples[: recipe.batch_size], dtype)
+    captured = capture_inputs(network, [block], samples, dtype)
     module = to_device(block, device, dtype)
     module.requires_grad_(False)
     weights = [layer.weight.requires_grad_(True) for layer in module.modules() if isinstance(layer, nn.Linear)]
     hidden, arguments = captured.hidden.to(device), move_arguments(captured.arguments[0], device)
-    forward: Callable[..., Tensor] = torch.compile(run_block) if compiled else run_block
+    forward = torch.compile(run_block)
     target = torch.zeros_like(hidden)
 
     def step() -> None:
@@ -165,12 +204,11 @@ def _time_floor(model: Path, samples: Tensor, recipe: Recipe, device: torch.devi
     for _ in range(_WARM_UP):
         step()
     synchronize(device)
-    begin, steps = time.perf_counter(), min(_FLOOR_STEPS, recipe.iters)
-    for _ in range(steps):
+    begin = time.perf_counter()
+    for _ in range(_FLOOR_STEPS):
         step()
     synchronize(device)
-    seconds = (time.perf_counter() - begin) / steps * recipe.iters
-    return Row(contestant=f"floor, {'compiled' if compiled else 'eager'}", later=seconds, peak_gib=_peak_gib(device))
+    return (time.perf_counter() - begin) / _FLOOR_STEPS
 
 
 class _Tuned:
@@ -222,10 +260,9 @@ def _make_model(folder: Path, shape: BlockShape, blocks: int, seqlen: int, devic
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="0").save_pretrained(folder)
 
 
-def _random_tokens(recipe: Recipe) -> Tensor:
+def _random_tokens(nsamples: int, seqlen: int) -> Tensor:
     """[nsamples, seqlen] token ids without the end-of-text token 0."""
-    generator = torch.Generator().manual_seed(_SEED)
-    return torch.randint(1, _VOCABULARY, (recipe.nsamples, recipe.seqlen), generator=generator)
+    return torch.randint(1, _VOCABULARY, (nsamples, seqlen), generator=torch.Generator().manual_seed(_SEED))
 
 
 def _check_finite(contestant: str, state: dict[str, Tensor]) -> None:
@@ -234,9 +271,19 @@ def _check_finite(contestant: str, state: dict[str, Tensor]) -> None:
             raise ValueError(f"{contestant}: {name} is not finite")
 
 
-def _row(contestant: str, seconds: list[float], peak_gib: float | None) -> Row:
+def _row(
+    scheme: str,
+    contestant: str,
+    seconds: list[float],
+    floor: float,
+    peak_gib: float | None,
+    phases: dict[str, float] | None,
+) -> Row:
     first, *later = seconds
-    return Row(contestant=contestant, first=first, later=sum(later) / len(later), peak_gib=peak_gib)
+    mean = sum(later) / len(later)
+    return Row(
+        scheme=scheme, contestant=contestant, first=first, later=mean, floor=floor, peak_gib=peak_gib, phases=phases
+    )
 
 
 def _peak_gib(device: torch.device) -> float | None:
@@ -254,36 +301,52 @@ def _forget() -> None:
 
 
 def _table(rows: list[Row]) -> str:
-    """Ratios: how many times the compiled floor, and how many times faster than auto-round."""
-    later = {row.contestant: row.later for row in rows}
-    lines = [f"{'seconds a block':<18}{'first':>9}{'later':>9}{'x floor':>9}{'x faster':>10}{'peak GiB':>10}"]
+    """Ratios: how many times the floor of the same steps, and how many times faster than auto-round; then the phases of
+    each of ours, in hundredths."""
+    peers = {row.scheme: row.later for row in rows if row.contestant == "auto-round"}
+    lines = [f"{'seconds a block':<29}{'first':>9}{'later':>9}{'x floor':>9}{'x faster':>10}{'peak GiB':>10}"]
+    lines += [_line(row, peers.get(row.scheme)) for row in rows]
     for row in rows:
-        first = "-" if row.first is None else f"{row.first:.2f}"
-        faster = f"{later['auto-round'] / row.later:.2f}" if "auto-round" in later else "-"
-        peak = "-" if row.peak_gib is None else f"{row.peak_gib:.2f}"
-        floor = row.later / later["floor, compiled"]
-        lines.append(f"{row.contestant:<18}{first:>9}{row.later:>9.2f}{floor:>9.2f}{faster:>10}{peak:>10}")
+        if row.phases is not None:
+            shares = {phase: 100 * seconds / row.later for phase, seconds in row.phases.items()}
+            parts = [f"{phase} {share:.0f}" for phase, share in shares.items() if share >= 0.5]
+            lines.append(f"{row.scheme}, {row.contestant}: " + ", ".join(parts))
     return "\n".join(lines)
 
 
+def _line(row: Row, peer: float | None) -> str:
+    first = "-" if row.first is None else f"{row.first:.2f}"
+    faster = "-" if peer is None else f"{peer / row.later:.2f}"
+    peak = "-" if row.peak_gib is None else f"{row.peak_gib:.2f}"
+    name = f"{row.scheme} {row.contestant}"
+    return f"{name:<29}{first:>9}{row.later:>9.2f}{row.later / row.floor:>9.2f}{faster:>10}{peak:>10}"
+
+
 def _parse() -> argparse.Namespace:
-    recipe = RECIPES["autoround"]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tuning", description=__doc__.partition("\n")[0])
-    parser.add_argument("--shape", default="llama-3-8b", choices=SHAPES, help="default: %(default)s")
-    parser.add_argument("--blocks", type=int, default=3, metavar="N", help="at least 2 (default: %(default)s)")
-    parser.add_argument("--iters", type=int, default=recipe.iters, metavar="N", help="steps (default: %(default)s)")
-    parser.add_argument(
-        "--nsamples", type=int, default=recipe.nsamples, metavar="N", help="at least 8 (default: %(default)s)"
+    what = parser.add_argument_group("what to measure")
+    what.add_argument("--schemes", nargs="+", default=["W4A16", "NVFP4", "MXFP4"], help="default: W4A16 NVFP4 MXFP4")
+    what.add_argument(
+        "--recipes",
+        nargs="+",
+        default=["fast", "default", "autoround"],
+        choices=[name for name, recipe in RECIPES.items() if recipe.iters],
+        metavar="NAME",
+        help="of ours (default: fast default autoround)",
     )
-    parser.add_argument(
-        "--seqlen", type=int, default=recipe.seqlen, metavar="N", help="tokens a sample (default: %(default)s)"
-    )
-    parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True, help="measure auto-round too")
-    parser.add_argument("--device", default="auto", help="default: %(default)s")
+    what.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True, help="measure auto-round too")
+    what.add_argument("--shape", default="llama-3-8b", choices=SHAPES, help="default: %(default)s")
+    what.add_argument("--blocks", type=int, default=4, metavar="N", help="at least 3 (default: %(default)s)")
+    how = parser.add_argument_group("how")
+    how.add_argument("--iters", type=int, metavar="N", help="steps (default: the recipe's)")
+    how.add_argument("--nsamples", type=int, default=128, metavar="N", help="at least 8 (default: %(default)s)")
+    how.add_argument("--seqlen", type=int, default=2048, metavar="N", help="tokens a sample (default: %(default)s)")
+    how.add_argument("--device", default="auto", help="default: %(default)s")
+    parser.add_argument("--name", default="tuning", help="of the result file (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
     args = parser.parse_args()
-    if args.blocks < 2 or args.iters < 1 or args.nsamples < recipe.batch_size:
-        parser.error(f"needs at least 2 blocks, 1 step and {recipe.batch_size} samples")
+    if args.blocks < 3 or args.nsamples < _PEER.batch_size:
+        parser.error(f"needs at least 3 blocks and {_PEER.batch_size} samples")
     return args
 
 

@@ -16,6 +16,7 @@ from calibrate.activations import InputStatistics, observe_inputs, quantized_inp
 from calibrate.blocks import Block, capture_inputs
 from calibrate.chain import NonFiniteError, advance
 from calibrate.checkpoint import CheckpointWriter
+from calibrate.clock import Clock
 from calibrate.config import CalibrationConfig, Recipe
 from calibrate.inspection import inspect_checkpoint
 from calibrate.kv_cache import observed
@@ -58,7 +59,7 @@ def calibrate(model: str | Path, out: str | Path, **settings: Any) -> dict[str, 
         progress_bars(len(plan.blocks), config.tuning.iters) as progress,
     ):
         for index, block in enumerate(plan.blocks):
-            block_watch = Stopwatch()
+            block_watch, clock = Stopwatch(), Clock(plan.device)
             progress.start_block(block.name)
             last = index == len(plan.blocks) - 1
             try:
@@ -67,20 +68,15 @@ def calibrate(model: str | Path, out: str | Path, **settings: Any) -> dict[str, 
                     if last and config.tuning.kl_last_block and config.tuning.iters
                     else mean_squared_error
                 )
+                with clock.phase("load"):
+                    working = bench.load(block, arguments[index])
                 tuned, scales = _calibrate_block(
-                    index,
-                    block,
-                    bench.load(block, arguments[index]),
-                    original,
-                    quantized,
-                    plan,
-                    config,
-                    progress.step,
-                    loss,
+                    index, block, working, original, quantized, plan, config, progress.step, loss, clock
                 )
             except NonFiniteError as error:
                 raise NonFiniteError(f"{block.name}: {error}") from error
-            writer.write_block(index, tuned.weights, scales)
+            with clock.phase("write"):
+                writer.write_block(index, tuned.weights, scales)
             reports.append(
                 BlockReport(
                     name=block.name,
@@ -92,11 +88,12 @@ def calibrate(model: str | Path, out: str | Path, **settings: Any) -> dict[str, 
                     kept_start=tuned.kept_start,
                     final_loss=tuned.final_loss,
                     seconds=block_watch.seconds(),
+                    phases=clock.seconds,
                     layers=tuned.layers,
                 )
             )
             progress.finish_block(reports[-1])
-            del tuned, loss  # off the device before the next block comes
+            del tuned, loss, working  # off the device before the next block comes
 
         del bench  # with what it keeps of the last block
         heads, scales = quantize_heads(source.model, plan, config, quantized)
@@ -148,12 +145,14 @@ def _calibrate_block(
     config: CalibrationConfig,
     on_step: Callable[[], None],
     loss: Loss,
+    clock: Clock,
 ) -> tuple[TunedBlock, dict[str, Tensor]]:
     """Tune one block and advance both chains, [S, T, H], through it, in place; with its activation and KV scales."""
     schemes = plan.schemes(block)
-    advance(working.module, original, working.arguments)
-    # On the quantized chain: what the layers will be fed when they are served.
-    statistics = _statistics(working, schemes, quantized, plan.heldout, config.tuning)
+    with clock.phase("original chain"):
+        advance(working.module, original, working.arguments)
+    with clock.phase("statistics"):  # on the quantized chain: what the layers will be fed when they are served
+        statistics = _statistics(working, schemes, quantized, plan.heldout, config.tuning)
     inputs = quantized_inputs_of(schemes, statistics)
     with working.quantized_inputs(inputs):
         tuned = tune_block(
@@ -168,8 +167,10 @@ def _calibrate_block(
             generator=torch.Generator().manual_seed(config.seed + index),
             on_step=on_step,
             loss=loss,
+            clock=clock,
         )
-        scales = _advance_quantized(working.module, quantized, working.arguments, block.name, plan)
+        with clock.phase("quantized chain"):
+            scales = _advance_quantized(working.module, quantized, working.arguments, block.name, plan)
     scales |= {
         f"{block.name}.{name}.{made.type.static}": made.scale.cpu()
         for name, made in inputs.items()

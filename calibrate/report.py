@@ -38,6 +38,7 @@ class BlockReport:
     kept_start: bool  # tuning made the objective worse
     final_loss: float | None  # of the objective, on the samples of the last step; None without tuning
     seconds: float
+    phases: dict[str, float]  # seconds by part of the work
     layers: dict[str, LayerReport]
 
     @property

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from calibrate.activations import InputStatistics
 from calibrate.chain import NonFiniteError, advance, first_non_finite, relative_distance
+from calibrate.clock import Clock
 from calibrate.config import Recipe
 from calibrate.gptq import gptq
 from calibrate.layer_schemes import fused_groups
@@ -66,6 +67,7 @@ def tune_block(
     accumulate: int,
     generator: torch.Generator,
     on_step: Callable[[], None],
+    clock: Clock,
     loss: Loss = mean_squared_error,
 ) -> TunedBlock:
     """Learn the rounding of the layers named in ``schemes``; leaves the block with the dequantized weights.
@@ -79,6 +81,7 @@ def tune_block(
         accumulate: minibatches a step.
         generator: draws the minibatches.
         on_step: called after every step.
+        clock: is told where the time goes.
 
     Raises:
         NonFiniteError: a loss, gradient or scale that is not finite.
@@ -87,39 +90,44 @@ def tune_block(
     judges = slice(len(inputs) - heldout if heldout else 0, None)
 
     def judge() -> Verdict:
-        return _judge(working, inputs[judges], outputs[judges], loss)
+        with clock.phase("verdict"):
+            return _judge(working, inputs[judges], outputs[judges], loss)
 
     if not schemes:
         start = judge()
         return TunedBlock({}, {}, start, start, kept_start=False, final_loss=None)
     module.requires_grad_(False)
-    starts = _starts(working, schemes, statistics, recipe)
+    with clock.phase("scale search"):
+        starts = _starts(working, schemes, statistics, recipe)
     shape = (recipe.iters, accumulate, recipe.batch_size)
-    layers, steps = _set_up(working, schemes, starts, inputs, outputs, recipe, shape, loss)
+    with clock.phase("set-up"):
+        layers, steps = _set_up(working, schemes, starts, inputs, outputs, recipe, shape, loss)
     start = judge()
 
-    final_loss = None
+    final_loss, values = None, dict[str, Tensor]()
     if recipe.iters:
-        steps.run(_order(len(inputs) - heldout, shape, generator), _rates(recipe), on_step)
-        losses = steps.losses.tolist()
+        with clock.phase("steps"):
+            steps.run(_order(len(inputs) - heldout, shape, generator), _rates(recipe), on_step)
+            losses = steps.losses.tolist()
         for step, value in enumerate(losses):
             if not isfinite(value):
                 culprit = first_non_finite(module, inputs[:1].to(working.device), arguments)
                 raise NonFiniteError(f"{culprit} gives a value that is not finite; the loss of step {step} is {value}")
         final_loss = losses[-1]
-    values = {
-        name: gptq(layer.target, starts[name][1], cast(Tensor, statistics[name].second_moments))
-        for name, layer in layers.items()
-        if recipe.gptq
-    }
-    weights = {name: layer.finish(name, values.get(name)) for name, layer in layers.items()}
+    if recipe.gptq:
+        with clock.phase("gptq"):
+            for name, layer in layers.items():
+                values[name] = gptq(layer.target, starts[name][1], cast(Tensor, statistics[name].second_moments))
+    with clock.phase("freeze"):
+        weights = {name: layer.finish(name, values.get(name)) for name, layer in layers.items()}
     tuned = judge()
     kept_start = tuned.loss > start.loss
     if kept_start:
         for layer in layers.values():
             layer.restart()
         weights, tuned = {name: layer.finish(name) for name, layer in layers.items()}, start
-    reports = {name: layer.report(weights[name]) for name, layer in layers.items()}
+    with clock.phase("report"):
+        reports = {name: layer.report(weights[name]) for name, layer in layers.items()}
     return TunedBlock(weights, reports, start, tuned, kept_start, final_loss)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from calibrate.activations import observe_inputs, quantized_inputs_of
 from calibrate.blocks import Block, capture_inputs, find_blocks
 from calibrate.chain import advance, relative_distance
+from calibrate.clock import Clock
 from calibrate.config import Recipe
 from calibrate.tail import ModelTail
 from calibrate.tuning import TunedBlock, mean_squared_error, tune_block
@@ -73,6 +74,7 @@ def tune_in_turn(
                 accumulate=accumulate,
                 generator=torch.Generator().manual_seed(index),
                 on_step=lambda: None,
+                clock=Clock(place),
                 loss=ModelTail(model, blocks, place, dtype).divergence if divergence else mean_squared_error,
             )
             advance(working.module, quantized, working.arguments)

@@ -55,6 +55,10 @@ def test_files_and_report(demo_checkpoint: Path) -> None:
     assert report["tuning"]["iters"] == 16
     assert len(report["blocks"]) == 4
     assert all(len(block["layers"]) == 7 for block in report["blocks"])
+    assert report["heldout_samples"] == 1
+    for block in report["blocks"]:
+        assert 0.9 * block["seconds"] < sum(block["phases"].values()) <= block["seconds"]
+        assert max(block["phases"], key=block["phases"].get) == "steps"
     assert report["environment"]["torch"] == torch.__version__
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from calibrate.activations import observe_inputs, quantized_inputs_of
 from calibrate.blocks import capture_inputs, find_blocks, run_block
 from calibrate.chain import NonFiniteError, advance, relative_distance
+from calibrate.clock import Clock
 from calibrate.config import Recipe
 from calibrate.rounding import OFFSET_UNIT
 from calibrate.tuning import TunedBlock, _order, _rates, tune_block
@@ -51,6 +52,7 @@ def tune(
             accumulate=accumulate,
             generator=torch.Generator().manual_seed(0),
             on_step=lambda: None,
+            clock=Clock(torch.device("cpu")),
         )
         advance(block, inputs, arguments)
     return tuned, relative_distance(inputs, targets), block
