@@ -118,7 +118,14 @@ def _time_step(scheme: str, shape: BlockShape, batch: int, *, graphed: bool, com
             layers.append(LayerState(module, target, Rounding.nearest(target), recipe, MOST_CLIP))  # type: ignore[arg-type]
         shape_of_steps = (recipe.iters, 1, batch)
         runner = steps.Steps(
-            working.module, working.arguments, layers, hidden, hidden.roll(1, 0), mean_squared_error, shape_of_steps
+            working.module,
+            working.arguments,
+            layers,
+            hidden,
+            hidden.roll(1, 0),
+            None,
+            mean_squared_error,
+            shape_of_steps,
         )
         order, rates = _order(len(hidden), shape_of_steps, torch.Generator().manual_seed(0)), _rates(recipe)
         run = lambda: runner.run(order, rates, lambda: None)  # noqa: E731

@@ -57,27 +57,45 @@ def observe_inputs(
     hidden: Tensor,
     arguments: dict[str, Any],
     *,
+    real: Tensor | None = None,
     second_moments: bool = False,
 ) -> dict[str, InputStatistics]:
-    """Statistics of the inputs of the layers ``names`` over the block's inputs [S, T, H]."""
+    """Statistics of the inputs of the layers ``names`` over the block's inputs [S, T, H].
+
+    Args:
+        real: [S, T] bool, the tokens that count; None: all.
+    """
     if not names:
         return {}
     device = next(block.parameters()).device
-    with recorded_inputs(block, names, second_moments=second_moments) as seen:
-        for part in token_parts(hidden):
+    parts = token_parts(hidden)
+    masks = [None] * len(parts) if real is None else token_parts(real)
+    seen: dict[str, InputStatistics] = {}
+    for part, mask in zip(parts, masks, strict=True):
+        with recorded_inputs(block, names, seen, real=mask, second_moments=second_moments):
             run_block(block, part.to(device), arguments)
     return seen
 
 
 @contextmanager
 def recorded_inputs(
-    model: nn.Module, names: Collection[str], *, second_moments: bool = False
-) -> Iterator[dict[str, InputStatistics]]:
-    """Statistics of everything [..., K] that these layers are fed inside the context, by name."""
-    seen: dict[str, InputStatistics] = {}
+    model: nn.Module,
+    names: Collection[str],
+    seen: dict[str, InputStatistics],
+    *,
+    real: Tensor | None = None,
+    second_moments: bool = False,
+) -> Iterator[None]:
+    """Add statistics of everything that these layers are fed inside the context, [B, T, K], to ``seen``, by name.
+
+    Args:
+        real: [B, T] bool, the tokens that count; None: all.
+    """
 
     def record(name: str, x: Tensor) -> Tensor:
-        statistics = InputStatistics.of(x, second_moments=second_moments)
+        # Some models hand their layers [B * T, K].
+        counted = x if real is None else x.reshape(*real.shape, -1)[real.to(x.device)]
+        statistics = InputStatistics.of(counted, second_moments=second_moments)
         if name in seen:
             seen[name].merge(statistics)
         else:
@@ -85,7 +103,7 @@ def recorded_inputs(
         return x
 
     with _before_layers(model, dict.fromkeys(names, record)):
-        yield seen
+        yield
 
 
 def quantized_inputs_of(

@@ -30,12 +30,20 @@ def advance(block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> None
         part.copy_(output)
 
 
-def relative_distance(hidden: Tensor, reference: Tensor) -> float:
-    """Squared distance of [S, T, H] from a reference over the reference's squared norm, in float64."""
+def relative_distance(hidden: Tensor, reference: Tensor, real: Tensor | None = None) -> float:
+    """Squared distance of [S, T, H] from a reference over the reference's squared norm, in float64.
+
+    Args:
+        real: [S, T] bool, the tokens that count; None: all.
+    """
     error = norm = 0.0
-    for part, expected in zip(token_parts(hidden), token_parts(reference), strict=True):
-        expected = expected.to(part.device).float()  # noqa: PLW2901
-        error += (part.float() - expected).square().sum(dtype=torch.float64).item()
+    for sample, (mine, theirs) in enumerate(zip(hidden, reference, strict=True)):
+        expected = theirs.to(mine.device).float()
+        distance = mine.float() - expected
+        if real is not None:
+            counted = real[sample].to(mine.device)
+            distance, expected = distance[counted], expected[counted]
+        error += distance.square().sum(dtype=torch.float64).item()
         norm += expected.square().sum(dtype=torch.float64).item()
     return error / norm if error else 0.0
 

@@ -162,6 +162,9 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens a sample; shorter texts are joined, longer ones cut (default: recipe)",
     )
+    data.add_argument(
+        "--pad", action="store_true", help="one text a sample: pad shorter ones instead; padding counts nowhere"
+    )
     where = parser.add_argument_group("where")
     where.add_argument("--device", default=defaults.device, help="auto, cpu, cuda, cuda:1 ... (default: %(default)s)")
     where.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")

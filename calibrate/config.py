@@ -78,6 +78,7 @@ class CalibrationConfig:
     stock_vllm: bool = False  # refuse what vLLM cannot serve without our plugin
     kv_cache: KVCache | None = None
     dataset: Dataset = DEFAULT_DATASET  # Hub id, local file, strings or lists of token ids
+    pad: bool = False  # one text a sample, shorter ones padded; else joined
     recipe: str = "default"
     iters: int | None = None
     batch_size: int | None = None

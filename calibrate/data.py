@@ -2,8 +2,11 @@
 
 The rule: texts are shuffled with the seed and read in that order. A text of at least `seqlen` tokens gives one sample,
 its first `seqlen` tokens; the rest of it is dropped, so that one long document cannot dominate. Shorter texts are
-packed: joined with EOS until `seqlen` tokens are there, cut, and the next pack begins with the next text. No sample
-is padded. Too few samples is an error.
+packed: joined with EOS until `seqlen` tokens are there, cut, and the next pack begins with the next text. Too few
+samples is an error.
+
+On request no text is joined with another: each gives a sample, a shorter one is padded, and the padding counts nowhere.
+It comes last, where no token of a causal model sees it, and so needs no attention mask.
 """
 
 from __future__ import annotations
@@ -12,7 +15,9 @@ import gzip
 import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,18 +39,43 @@ def load_samples(
     Raises:
         CalibrationError: an unreadable data set, too little text in it, or token ids that the model does not have.
     """
+    texts = _shuffled(dataset, seed)
+    samples = list(islice(_pack(_tokenize(texts, tokenizer), seqlen, tokenizer.eos_token_id), nsamples))
+    if len(samples) < nsamples:
+        raise _too_few(dataset, f"{len(samples)} samples of {seqlen} tokens from {len(texts)} texts", nsamples)
+    return _checked(torch.tensor(samples), vocabulary)
+
+
+class PaddedSamples(NamedTuple):
+    """Samples of texts that may be shorter."""
+
+    ids: Tensor  # [S, T] int64
+    real: Tensor  # [S, T] bool: no padding
+
+
+def load_padded_samples(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, seqlen: int, nsamples: int, seed: int, vocabulary: int
+) -> PaddedSamples:
+    """One sample a text, cut or padded to ``seqlen`` tokens; arguments and errors are those of `load_samples`."""
+    texts = _shuffled(dataset, seed)
+    documents = [ids[:seqlen] for ids in islice(_tokenize(texts, tokenizer), nsamples)]
+    if len(documents) < nsamples:
+        raise _too_few(dataset, f"{len(documents)} texts that are not empty", nsamples)
+    lengths = torch.tensor([len(ids) for ids in documents])
+    # Whatever stands there is not looked at; 0 is an id that every model has.
+    padded = torch.tensor([ids + [0] * (seqlen - len(ids)) for ids in documents])
+    return PaddedSamples(_checked(padded, vocabulary), torch.arange(seqlen) < lengths[:, None])
+
+
+def _shuffled(dataset: Dataset, seed: int) -> list[str | Sequence[int]]:
     texts = list(_read(dataset))
     random.Random(seed).shuffle(texts)
-    samples: list[list[int]] = []
-    for sample in _pack(_tokenize(texts, tokenizer), seqlen, tokenizer.eos_token_id):
-        samples.append(sample)
-        if len(samples) == nsamples:
-            return _checked(torch.tensor(samples), vocabulary)
+    return texts
+
+
+def _too_few(dataset: Dataset, given: str, needed: int) -> CalibrationError:
     name = dataset if isinstance(dataset, str) else "the data set"
-    raise CalibrationError(
-        f"{name} gives {len(samples)} samples of {seqlen} tokens from {len(texts)} texts, {nsamples} are needed; "
-        f"lower nsamples or seqlen, or give more text"
-    )
+    return CalibrationError(f"{name} gives {given}, {needed} are needed; lower nsamples or seqlen, or give more text")
 
 
 def _checked(samples: Tensor, vocabulary: int) -> Tensor:

@@ -22,11 +22,16 @@ class AttentionRanges:
 
     def __init__(self) -> None:
         self._amax: dict[nn.Module, tuple[Tensor, ...]] = {}  # module -> q [heads], k and v [kv heads], float32
+        self.real: Tensor | None = None  # [B, T] bool, the tokens of the next call that count; None: all
 
     def observe(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> None:
         """query [B, heads, T, D], key and value [B, kv heads, T, D]."""
-        seen = tuple(tensor.abs().amax((0, 2, 3)).float() for tensor in (query, key, value))
+        seen = tuple(self._counted(tensor).abs().amax((0, 2, 3)).float() for tensor in (query, key, value))
         self._amax[module] = tuple(map(torch.maximum, self._amax.get(module, seen), seen))
+
+    def _counted(self, tensor: Tensor) -> Tensor:
+        """[B, heads, T, D] with zeros where there is padding."""
+        return tensor if self.real is None else torch.where(self.real[:, None, :, None], tensor, 0)
 
     def scales(self, block: nn.Module, block_name: str, *, per_head: bool) -> dict[str, Tensor]:
         """Tensors of the checkpoint: ``<attention>.{q,k,v}_scale``, float32 = amax / 448, rounded up.

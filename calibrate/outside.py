@@ -74,7 +74,9 @@ def _head_statistics(
 ) -> dict[str, InputStatistics]:
     """Statistics of what each of these layers is fed after the blocks."""
     tail = ModelTail(model, plan.blocks, plan.device, plan.compute_dtype)
-    with recorded_inputs(tail.model, names) as seen:
-        for sample in hidden:
-            tail.logits(sample[None].to(plan.device))
+    seen: dict[str, InputStatistics] = {}
+    with recorded_inputs(tail.model, names, seen):
+        for index, sample in enumerate(hidden):
+            tokens = sample.to(plan.device)
+            tail.logits(tokens[None] if plan.real is None else tokens[plan.real[index]][None])
     return seen

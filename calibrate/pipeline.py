@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from calibrate.activations import InputStatistics, observe_inputs, quantized_inputs_of
-from calibrate.blocks import Block, capture_inputs
+from calibrate.blocks import Block, capture_inputs, token_parts
 from calibrate.chain import NonFiniteError, advance
 from calibrate.checkpoint import CheckpointWriter
 from calibrate.clock import Clock
@@ -152,7 +152,7 @@ def _calibrate_block(
     with clock.phase("original chain"):
         advance(working.module, original, working.arguments)
     with clock.phase("statistics"):  # on the quantized chain: what the layers will be fed when they are served
-        statistics = _statistics(working, schemes, quantized, plan.heldout, config.tuning)
+        statistics = _statistics(working, schemes, quantized, plan, config.tuning)
     inputs = quantized_inputs_of(schemes, statistics)
     with working.quantized_inputs(inputs):
         tuned = tune_block(
@@ -160,6 +160,7 @@ def _calibrate_block(
             schemes,
             quantized,
             original,
+            real=plan.real,
             recipe=config.tuning,
             statistics=statistics,
             heldout=plan.heldout,
@@ -180,16 +181,22 @@ def _calibrate_block(
 
 
 def _statistics(
-    working: WorkingBlock, schemes: Mapping[str, QuantScheme], quantized: Tensor, heldout: int, recipe: Recipe
+    working: WorkingBlock, schemes: Mapping[str, QuantScheme], quantized: Tensor, plan: Plan, recipe: Recipe
 ) -> dict[str, InputStatistics]:
     """Of the layers' inputs, of every layer that needs them: ranges over all samples [S, T, H], for the scales of
     activations; everything else over those that are not held out."""
     needed = [name for name, s in schemes.items() if recipe.scale_search or recipe.gptq or s.activations is not None]
-    tuned_on, judges = quantized.split([len(quantized) - heldout, heldout])
-    module, arguments = working.module, working.arguments
-    statistics = observe_inputs(module, needed, tuned_on, arguments, second_moments=recipe.gptq)
-    if heldout:
-        for name, seen in observe_inputs(module, needed, judges, arguments).items():
+    first = len(quantized) - plan.heldout
+
+    def observe(samples: slice, second_moments: bool) -> dict[str, InputStatistics]:
+        real = None if plan.real is None else plan.real[samples]
+        return observe_inputs(
+            working.module, needed, quantized[samples], working.arguments, real=real, second_moments=second_moments
+        )
+
+    statistics = observe(slice(first), recipe.gptq)
+    if plan.heldout:
+        for name, seen in observe(slice(first, None), False).items():
             statistics[name].widen(seen)
     return statistics
 
@@ -212,8 +219,11 @@ def _advance_quantized(
     if plan.manifest.kv_cache is None:
         advance(module, hidden, arguments)
         return {}
+    parts = token_parts(hidden)
+    masks = [None] * len(parts) if plan.real is None else token_parts(plan.real)
     with observed(module) as ranges:
-        advance(module, hidden, arguments)
+        for part, ranges.real in zip(parts, masks, strict=True):
+            advance(module, part, arguments)
     return ranges.scales(module, name, per_head=plan.manifest.kv_cache == "fp8_per_head")
 
 

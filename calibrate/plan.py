@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from calibrate.blocks import Block, find_blocks
 from calibrate.checkpoint import format_problems
 from calibrate.config import CalibrationConfig, CalibrationError
-from calibrate.data import load_samples
+from calibrate.data import load_padded_samples, load_samples
 from calibrate.layer_schemes import assign_schemes, stock_problems
 from calibrate.partial import occupied
 from calibrate.source import Source
@@ -33,6 +33,7 @@ class Plan:
     out: Path  # absolute, links resolved
     blocks: list[Block]
     samples: Tensor  # [S, T] token ids
+    real: Tensor | None  # [S, T] bool on the device, False for padding; None without any
     manifest: Manifest
     device: torch.device
     compute_dtype: torch.dtype
@@ -68,19 +69,20 @@ def make_plan(source: Source, out: Path, config: CalibrationConfig) -> Plan:
     manifest, problems = _make_manifest(source, blocks, config)
     problems += _damage(source) + _setting_problems(source, config)
     problems += _output_problems(source, out, copies=len(config.formats))
-    device, samples = torch.device("cpu"), torch.empty(0)
+    device, samples, real = torch.device("cpu"), torch.empty(0), None
     try:
         device = resolve_device(config.device)
     except CalibrationError as error:
         problems.append(str(error))
     try:
-        samples = _load_samples(source, config)
+        samples, real = _load_samples(source, config)
     except CalibrationError as error:
         problems.append(str(error))
     if problems:
         raise CalibrationError("\n".join(problems))
 
-    return Plan(out, blocks, samples, manifest, device, compute_dtype(device, source.model.dtype))
+    real = None if real is None else real.to(device)
+    return Plan(out, blocks, samples, real, manifest, device, compute_dtype(device, source.model.dtype))
 
 
 def _make_manifest(source: Source, blocks: list[Block], config: CalibrationConfig) -> tuple[Manifest, list[str]]:
@@ -155,16 +157,19 @@ def _layer_problems(schemes: Mapping[str, QuantScheme], layers: Mapping[str, nn.
             yield f"{name} is an embedding, whose input is no activation; use a scheme with 16-bit activations for it"
 
 
-def _load_samples(source: Source, config: CalibrationConfig) -> Tensor:
+def _load_samples(source: Source, config: CalibrationConfig) -> tuple[Tensor, Tensor | None]:
+    """Token ids [S, T], and which of them are no padding, if any is."""
     tuning = config.tuning
-    return load_samples(
-        config.dataset,
-        source.tokenizer,
-        seqlen=tuning.seqlen,
-        nsamples=tuning.nsamples,
-        seed=config.seed,
-        vocabulary=source.model.get_input_embeddings().num_embeddings,
-    )
+    settings = {
+        "seqlen": tuning.seqlen,
+        "nsamples": tuning.nsamples,
+        "seed": config.seed,
+        "vocabulary": source.model.get_input_embeddings().num_embeddings,
+    }
+    if not config.pad:
+        return load_samples(config.dataset, source.tokenizer, **settings), None
+    samples = load_padded_samples(config.dataset, source.tokenizer, **settings)
+    return samples.ids, None if samples.real.all() else samples.real
 
 
 def _damage(source: Source) -> list[str]:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from calibrate.blocks import run_block
 from calibrate.layer_state import LayerState
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # output and target [B, T, H] -> scalar float32
+# Output and target [B, T, H], and which tokens count [B, T] bool, None if all do -> mean over them, scalar float32.
+Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 # For measurements.
 GRAPHED = True  # where every layer can be recorded
@@ -37,16 +38,19 @@ class Steps:
         layers: Sequence[LayerState],
         inputs: Tensor,
         outputs: Tensor,
+        real: Tensor | None,
         loss: Loss,
         shape: tuple[int, int, int],
     ) -> None:
         """Steps over samples of ``inputs`` and ``outputs`` [S, T, H], on the device or pinned.
 
         Args:
+            real: [S, T] bool on the device, the tokens that count; None: all.
             shape: steps, batches a step, samples a batch.
         """
         device = next(module.parameters()).device
         self._module, self._arguments, self._layers, self._loss = module, arguments, layers, loss
+        self._real = real
         self._forward = torch.compile(run_block, dynamic=False) if COMPILED else run_block
         self._step = torch.zeros(1, dtype=torch.long, device=device)
         self._order = torch.zeros(shape, dtype=torch.long, device=device)
@@ -102,7 +106,7 @@ class Steps:
         batches = self._order.shape[1]
         for batch in range(batches):
             inputs, targets = self._feed.batch(batch)
-            error = self._loss(self._forward(self._module, inputs, self._arguments), targets)
+            error = self._loss(self._forward(self._module, inputs, self._arguments), targets, self._counted(batch))
             error.backward()
             self.losses.index_add_(0, self._step, error.detach().reshape(1) / batches)
         rate = self._rates.index_select(0, self._step)[0]
@@ -110,6 +114,12 @@ class Steps:
             layer.step(rate)
             layer.module.weight.grad = None
         self._step += 1
+
+    def _counted(self, batch: int) -> Tensor | None:
+        """Which tokens of the current step's batch count, [B, T] bool."""
+        if self._real is None:
+            return None
+        return self._real.index_select(0, self._order.index_select(0, self._step)[0, batch])
 
     def _record(self) -> torch.cuda.CUDAGraph:
         """The graph of a step; leaves the layers in the middle of nowhere. Learning rates are 0 here."""

@@ -32,15 +32,20 @@ class ModelTail:
         self.model.requires_grad_(False)
         self._tokens = max(1, _LOGITS // model.config.get_text_config().vocab_size)
 
-    def divergence(self, output: Tensor, target: Tensor) -> Tensor:
-        """Mean over tokens of KL(original || quantized): hidden states [B, T, H] of both -> scalar float32."""
-        parts = zip(self._slices(output), self._slices(target), strict=True)
+    def divergence(self, output: Tensor, target: Tensor, real: Tensor | None = None) -> Tensor:
+        """Mean over tokens of KL(original || quantized): hidden states [B, T, H] of both -> scalar float32.
+
+        Args:
+            real: [B, T] bool, the tokens that count; None: all.
+        """
+        counted = torch.ones(output.shape[:-1], device=output.device) if real is None else real.float()
+        parts = zip(self._slices(output), self._slices(target), self._slices(counted[..., None]), strict=True)
         # Checkpointed, so that only one part's logits exist, forward and backward.
         sums = [
-            checkpoint(self._divergence, mine, theirs, use_reentrant=False, preserve_rng_state=False)
-            for mine, theirs in parts
+            checkpoint(self._divergence, mine, theirs, weights, use_reentrant=False, preserve_rng_state=False)
+            for mine, theirs, weights in parts
         ]
-        return torch.stack(sums).sum() / output.shape[:-1].numel()
+        return torch.stack(sums).sum() / counted.sum()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[1, T, H] -> [T, V] float32."""
@@ -57,10 +62,12 @@ class ModelTail:
     def _slices(self, hidden: Tensor) -> tuple[Tensor, ...]:
         return hidden.flatten(0, 1)[None].split(self._tokens, dim=1)
 
-    def _divergence(self, output: Tensor, target: Tensor) -> Tensor:
+    def _divergence(self, output: Tensor, target: Tensor, counted: Tensor) -> Tensor:
         with torch.no_grad():
             expected = F.log_softmax(self.logits(target), dim=-1)
-        return F.kl_div(F.log_softmax(self.logits(output), dim=-1), expected, log_target=True, reduction="sum")
+        found = F.log_softmax(self.logits(output), dim=-1)
+        tokens = F.kl_div(found, expected, log_target=True, reduction="none").sum(-1)
+        return (tokens * counted[0, :, 0]).sum()
 
 
 class _PassThrough(nn.Module):

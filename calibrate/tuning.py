@@ -31,9 +31,12 @@ from vllm_autoround.format.scheme import QuantScheme
 from vllm_autoround.format.weights import QuantizedWeight
 
 
-def mean_squared_error(output: Tensor, target: Tensor) -> Tensor:
-    """In float32, over all elements."""
-    return F.mse_loss(output.float(), target.float())
+def mean_squared_error(output: Tensor, target: Tensor, real: Tensor | None = None) -> Tensor:
+    """In float32, over all elements [B, T, H] of the tokens ``real`` [B, T]; None: of all."""
+    if real is None:
+        return F.mse_loss(output.float(), target.float())
+    squares = (output.float() - target.float()).square().mean(-1)
+    return torch.where(real, squares, 0.0).sum() / real.sum()
 
 
 class Verdict(NamedTuple):
@@ -61,6 +64,7 @@ def tune_block(
     inputs: Tensor,
     outputs: Tensor,
     *,
+    real: Tensor | None = None,
     recipe: Recipe,
     statistics: Mapping[str, InputStatistics],
     heldout: int,
@@ -76,6 +80,7 @@ def tune_block(
         schemes: layer name relative to the block -> scheme; without any, nothing is tuned.
         inputs: [S, T, H], the quantized chain's input of this block.
         outputs: [S, T, H], the original chain's output of this block.
+        real: [S, T] bool on the device, the tokens that count; None: all.
         statistics: of the layers' inputs, for the scale search.
         heldout: how many samples, the last ones, are left out of tuning, and judge it; 0: all do both.
         accumulate: minibatches a step.
@@ -91,7 +96,7 @@ def tune_block(
 
     def judge() -> Verdict:
         with clock.phase("verdict"):
-            return _judge(working, inputs[judges], outputs[judges], loss)
+            return _judge(working, inputs[judges], outputs[judges], None if real is None else real[judges], loss)
 
     if not schemes:
         start = judge()
@@ -101,7 +106,7 @@ def tune_block(
         starts = _starts(working, schemes, statistics, recipe)
     shape = (recipe.iters, accumulate, recipe.batch_size)
     with clock.phase("set-up"):
-        layers, steps = _set_up(working, schemes, starts, inputs, outputs, recipe, shape, loss)
+        layers, steps = _set_up(working, schemes, starts, inputs, outputs, real, recipe, shape, loss)
     start = judge()
 
     final_loss, values = None, dict[str, Tensor]()
@@ -149,13 +154,16 @@ def quantize_layer(
 
 
 @torch.no_grad()
-def _judge(working: WorkingBlock, inputs: Tensor, outputs: Tensor, loss: Loss) -> Verdict:
+def _judge(working: WorkingBlock, inputs: Tensor, outputs: Tensor, real: Tensor | None, loss: Loss) -> Verdict:
     """The block as it is, given its inputs and what should come out, [S, T, H] each."""
     made = inputs.clone()
     advance(working.module, made, working.arguments)
-    samples = zip(made.split(1), outputs.split(1), strict=True)
-    losses = [loss(mine.to(working.device), theirs.to(working.device)) for mine, theirs in samples]
-    return Verdict(relative_distance(made, outputs), torch.stack(losses).double().mean().item())
+    masks = [None] * len(made) if real is None else real.split(1)
+    samples = zip(made.split(1), outputs.split(1), masks, strict=True)
+    losses = [loss(mine.to(working.device), theirs.to(working.device), mask) for mine, theirs, mask in samples]
+    tokens = torch.ones(len(made)) if real is None else real.sum(1)
+    mean = (torch.stack(losses).double() * tokens.to(working.device)).sum() / tokens.sum()
+    return Verdict(relative_distance(made, outputs, real), mean.item())
 
 
 @torch.no_grad()
@@ -185,6 +193,7 @@ def _set_up(
     starts: Mapping[str, tuple[Target, Rounding]],
     inputs: Tensor,
     outputs: Tensor,
+    real: Tensor | None,
     recipe: Recipe,
     shape: tuple[int, int, int],
     loss: Loss,
@@ -196,10 +205,10 @@ def _set_up(
         modules = {name: cast(nn.Linear, working.module.get_submodule(name)) for name in schemes}
         layers = {name: LayerState(modules[name], *starts[name], recipe, most_clip) for name in schemes}
         states = list(layers.values())
-        return layers, Steps(working.module, working.arguments, states, inputs, outputs, loss, shape)
+        return layers, Steps(working.module, working.arguments, states, inputs, outputs, real, loss, shape)
 
     # What steps cannot be told again. They hold on to samples and loss, so no other can have the address of these.
-    samples = (inputs.data_ptr(), inputs.shape, outputs.data_ptr())
+    samples = (inputs.data_ptr(), inputs.shape, outputs.data_ptr(), None if real is None else real.data_ptr())
     key = (tuple(schemes.items()), samples, shape, recipe, loss)
     layers, steps = working.keep(key, make)
     for name, layer in layers.items():

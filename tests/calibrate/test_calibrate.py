@@ -23,7 +23,7 @@ from calibrate.source import load_source
 from tests.calibrate.conftest import COMMON, make_model
 from tests.conftest import DEMO_MODEL, DEMO_SETTINGS, REPOSITORY
 from vllm_autoround.format.manifest import Manifest
-from vllm_autoround.format.reader import dequantized_state_dict, read_manifest, tensor_files
+from vllm_autoround.format.reader import dequantized_state_dict, read_manifest, read_tensors, tensor_files
 
 QUICK: dict[str, Any] = {"iters": 2, "batch_size": 2, "seqlen": 64, "nsamples": 4}
 
@@ -114,6 +114,32 @@ def test_other_families_are_written_whole(
             assert 0 < (state[name] - tensor).norm() / tensor.norm() < 0.7
         else:
             assert torch.equal(state[name], tensor)
+
+
+@pytest.mark.parametrize("kl_last_block", [False, True])
+def test_padding_counts_nowhere(tmp_path: Path, kl_last_block: bool) -> None:
+    """Texts of 24 tokens, padded to 40 and not: the same statistics, losses and scales, up to float32's last bits."""
+    texts = torch.randint(2, 800, (16, 24), generator=torch.Generator().manual_seed(0)).tolist()
+    settings: dict[str, Any] = {
+        "scheme": "W3A16",
+        "layers": {"o_proj": "FP8_STATIC", "gate_proj": "NVFP4", "lm_head": "FP8_STATIC"},
+        "kv_cache": "fp8_per_head",
+        "dataset": texts,
+        "nsamples": 16,
+        "iters": 2,
+        "lr": 0.01,
+        "kl_last_block": kl_last_block,
+    }
+    reports, scales = [], []
+    for name, shape in (("plain", {"seqlen": 24}), ("padded", {"seqlen": 40, "pad": True})):
+        reports.append(calibrate(DEMO_MODEL, tmp_path / name, **settings, **shape))
+        scales.append(dict(read_tensors(tmp_path / name, ("_scale",))))
+    for mine, other in zip(*(report["blocks"] for report in reports), strict=True):
+        for key in ("start_db", "tuned_db", "start_loss", "tuned_loss", "final_loss"):
+            assert mine[key] == pytest.approx(other[key], rel=0.01), (mine["name"], key)
+    for name, scale in scales[0].items():
+        if scale.dtype == torch.float32:  # of activations, and of weights that no step changes
+            torch.testing.assert_close(scales[1][name], scale, rtol=0.01, atol=0.0, msg=name)
 
 
 def test_ignored_layers_stay_as_they_were(tmp_path: Path, demo_texts: list[str]) -> None:

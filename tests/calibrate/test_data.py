@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from calibrate.config import CalibrationError
-from calibrate.data import load_samples
+from calibrate.data import load_padded_samples, load_samples
 from tests.conftest import DEMO_MODEL
 
 
@@ -41,6 +41,20 @@ def test_order_depends_on_the_seed_alone(tokenizer: AutoTokenizer) -> None:
 def test_too_little_text_says_how_much_there_was(tokenizer: AutoTokenizer) -> None:
     with pytest.raises(CalibrationError, match="gives 1 samples of 4 tokens from 2 texts, 3 are needed"):
         samples_of([[1, 2, 3, 4, 5], [6, 7]], tokenizer, seqlen=4, nsamples=3, seed=0)
+
+
+def test_padded_samples_are_one_text_each(tokenizer: AutoTokenizer) -> None:
+    texts = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [], [14]]
+    ids, real = load_padded_samples(texts, tokenizer, seqlen=4, nsamples=3, seed=0, vocabulary=1024)
+    assert ids.shape == real.shape == (3, 4)
+    assert sorted(sample[counted].tolist() for sample, counted in zip(ids, real, strict=True)) == [
+        [5, 6, 7],
+        [8, 9, 10, 11],
+        [14],
+    ]
+    assert all(counted == sorted(counted, reverse=True) for counted in real.tolist())  # padding comes last
+    with pytest.raises(CalibrationError, match="gives 3 texts that are not empty, 4 are needed"):
+        load_padded_samples(texts, tokenizer, seqlen=4, nsamples=4, seed=0, vocabulary=1024)
 
 
 TEXTS = ["How many apples does Tom have now? " * 3, "Emma has 12 stickers and buys 9 more. " * 3]

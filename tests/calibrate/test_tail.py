@@ -53,3 +53,7 @@ def test_divergence_and_its_gradient(
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(torch.autograd.grad(loss, output), torch.autograd.grad(expected, output))
     assert tail.divergence(target, target).abs() < 1e-6
+
+    real = torch.arange(24) < torch.tensor([[9], [24]])
+    counted = F.kl_div(mine, theirs, log_target=True, reduction="none").sum(-1)[real.flatten()].mean()
+    torch.testing.assert_close(tail.divergence(output, target, real), counted)
