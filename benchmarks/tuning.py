@@ -34,7 +34,7 @@ from benchmarks.evaluation import most_levels
 from benchmarks.peer import run_auto_round, synchronize
 from benchmarks.provenance import RESULTS, write_result
 from benchmarks.shapes import SHAPES, BlockShape
-from calibrate.blocks import capture_inputs, find_blocks, move_arguments, run_block, to_device
+from calibrate.blocks import capture_inputs, copy_arguments, find_blocks, run_block, to_device
 from calibrate.config import RECIPES, Recipe
 from calibrate.plan import compute_dtype, resolve_device
 from calibrate.workbench import WorkingBlock
@@ -192,7 +192,7 @@ def _step_floor(model: Path, samples: Tensor, device: torch.device) -> float:
     module = to_device(block, device, dtype)
     module.requires_grad_(False)
     weights = [layer.weight.requires_grad_(True) for layer in module.modules() if isinstance(layer, nn.Linear)]
-    hidden, arguments = captured.hidden.to(device), move_arguments(captured.arguments[0], device)
+    hidden, arguments = captured.hidden.to(device), copy_arguments(captured.arguments[0], device)
     forward = torch.compile(run_block)
     target = torch.zeros_like(hidden)
 

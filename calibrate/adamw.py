@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from calibrate.rounding import Gradients, Rounding, Target, fake_quantize, gradients
+from calibrate.rounding import MOST_OFFSET, Gradients, Rounding, Target, fake_quantize, gradients
 
 _EPS = 1e-20  # gradients of a mean squared error may be tiny, and are known up to a factor only
 
@@ -45,6 +45,7 @@ class AdamWStep:
         for group, lr in zip(self._optimizer.param_groups, rate.tolist(), strict=True):
             group["lr"] = lr
         self._optimizer.step()
+        rounding.offset.clamp_(-MOST_OFFSET, MOST_OFFSET)
         for clip in (rounding.low_clip, rounding.high_clip):
             clip.clamp_(0, most_clip)
         out.copy_(fake_quantize(target, rounding))

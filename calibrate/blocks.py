@@ -67,7 +67,7 @@ def capture_inputs(model: PreTrainedModel, blocks: list[Block], samples: Tensor,
     """Run embeddings, masks and position embeddings, but no block.
 
     Args:
-        samples: [S, T] token ids without padding.
+        samples: [S, T] token ids; padding, if any, comes last.
         dtype: what hidden states, masks and position embeddings are converted to; the embedding runs in its own.
 
     Raises:
@@ -109,9 +109,11 @@ def to_device(block: Block, device: torch.device, dtype: torch.dtype) -> nn.Modu
     return copy.deepcopy(block.module).to(device=device, dtype=dtype).eval()
 
 
-def move_arguments(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The tensors of a block's arguments on ``device``."""
-    return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), arguments)
+def copy_arguments(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The tensors of a block's arguments on ``device``, in memory of their own."""
+    return pytree.tree_map_only(
+        Tensor, lambda tensor: tensor.to(device).clone(memory_format=torch.contiguous_format), arguments
+    )
 
 
 def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:

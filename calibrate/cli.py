@@ -155,7 +155,12 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_DATASET,
         help=".json, .jsonl or .txt file (plain or .gz; objects with a 'text'), or Hub id (default: %(default)s)",
     )
-    data.add_argument("--nsamples", type=int, metavar="N", help="samples (default: recipe)")
+    data.add_argument(
+        "--nsamples",
+        type=int,
+        metavar="N",
+        help="samples, of which one in 16 judges the tuning and is not tuned on (default: recipe)",
+    )
     data.add_argument(
         "--seqlen",
         type=int,

@@ -29,7 +29,7 @@ class CalibrationError(ValueError):
 class Recipe:
     """How a block is tuned, for how long and on how much data."""
 
-    iters: int  # sign-gradient steps a block; 0: none
+    iters: int  # steps a block; 0: none
     batch_size: int  # samples a step
     seqlen: int = 2048  # tokens a sample
     nsamples: int = 128
@@ -40,6 +40,11 @@ class Recipe:
     scale_search: bool = False  # start from the best scales of a grid; else from the full range
     kl_last_block: bool = False  # tune the last block on the model's output distribution; else on its hidden states
     gptq: bool = False  # without steps: round by GPTQ and coordinate descent; else to nearest
+
+    @property
+    def beyond_nearest(self) -> bool:
+        """Whether anything is done after rounding to nearest."""
+        return bool(self.iters or self.gptq)
 
     def learning_rate(self, step: int) -> float:
         """The rate of a step: linear from ``lr`` to 0."""

@@ -6,8 +6,8 @@ With X [T, K] the layer's inputs and H = X^T X, the squared error of the layer's
 
 GPTQ rounds one input feature after the other and lets the features that are left make up for the error. Coordinate
 descent goes over the features again: given all others, the best value of feature j is w_j - (e H)_j / H_jj + e_j,
-rounded. It never makes the error larger. Features are taken by falling H_jj, in both; the scales are those that the
-search found, so that their order on disk does not change.
+rounded. With the damping that is added to H, it never makes the error larger. Features are taken by falling H_jj, in
+both; the scales are those that the search found, so that their order on disk does not change.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ def gptq(target: Target, start: Rounding, hessian: Tensor) -> Tensor:
     if info.item():
         raise ValueError("the inputs' second moments are not positive definite")
     # Upper factor of the inverse: row j says what an error of feature j is worth in the features after it.
-    inverse = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()
     h = h.float()
+    inverse = torch.cholesky_inverse(factor)
+    del factor  # 8 bytes K^2
+    inverse = torch.linalg.cholesky(inverse, upper=True).float()
 
     grid = grid_of(target, start)
     scale, zero, weight = (t[:, order] for t in (grid.scale, grid.zero, target.weight.float()))

@@ -50,25 +50,27 @@ def calibrate(model: str | Path, out: str | Path, **settings: Any) -> dict[str, 
     config, watch, reports = CalibrationConfig(**settings), Stopwatch(), list[BlockReport]()
     source = load_source(str(model), trust_remote_code=config.trust_remote_code)
     plan = make_plan(source, Path(out), config)
+    if plan.device.type == "cuda":
+        torch.cuda.set_device(plan.device)  # streams, graphs and Triton kernels go to the current one
     outside = quantize_embedding(source.model, plan, config)
     original, quantized, arguments = _block_inputs(source.model, plan, outside)
     bench = Workbench(plan.device, plan.compute_dtype)
 
     with (
         CheckpointWriter(plan.out, source, plan.blocks, plan.manifest, config.formats) as writer,
-        progress_bars(len(plan.blocks), config.tuning.iters) as progress,
+        progress_bars(len(plan.blocks), config.tuning) as progress,
     ):
         for index, block in enumerate(plan.blocks):
             block_watch, clock = Stopwatch(), Clock(plan.device)
             progress.start_block(block.name)
             last = index == len(plan.blocks) - 1
             try:
-                loss = (
-                    ModelTail(source.model, plan.blocks, plan.device, plan.compute_dtype).divergence
-                    if last and config.tuning.kl_last_block and config.tuning.iters
-                    else mean_squared_error
-                )
                 with clock.phase("load"):
+                    loss = (
+                        ModelTail(source.model, plan.blocks, plan.device, plan.compute_dtype).divergence
+                        if last and config.tuning.kl_last_block and config.tuning.iters
+                        else mean_squared_error
+                    )
                     working = bench.load(block, arguments[index])
                 tuned, scales = _calibrate_block(
                     index, block, working, original, quantized, plan, config, progress.step, loss, clock
@@ -118,7 +120,7 @@ def calibrate(model: str | Path, out: str | Path, **settings: Any) -> dict[str, 
             "peak_memory": peak_memory(plan.device),
         }
         writer.publish(report)
-    print(f"\n{summary_table(reports)}\n")  # noqa: T201
+    print(f"\n{summary_table(reports, config.tuning)}\n")  # noqa: T201
     return report
 
 

@@ -40,8 +40,8 @@ class Plan:
 
     @property
     def heldout(self) -> int:
-        """How many samples, the last ones, no tuning step sees: they judge it. 0 if there is but one sample."""
-        return -(-len(self.samples) // (_TUNED_ON + 1)) if len(self.samples) > 1 else 0
+        """`heldout_of` its samples, the last ones."""
+        return heldout_of(len(self.samples))
 
     def schemes(self, block: Block) -> dict[str, QuantScheme]:
         """Scheme by layer name relative to the block."""
@@ -56,6 +56,11 @@ class Plan:
         """Scheme by full name of the quantized layers that are in no block: the embedding and the head."""
         prefixes = tuple(f"{block.name}." for block in self.blocks)
         return {name: scheme for name, scheme in self.manifest.schemes.items() if not name.startswith(prefixes)}
+
+
+def heldout_of(nsamples: int) -> int:
+    """How many samples no tuning step sees: they judge it. 0 if there is but one sample."""
+    return -(-nsamples // (_TUNED_ON + 1)) if nsamples > 1 else 0
 
 
 def make_plan(source: Source, out: Path, config: CalibrationConfig) -> Plan:
@@ -194,8 +199,12 @@ def _setting_problems(source: Source, config: CalibrationConfig) -> list[str]:
     limit = getattr(source.model.config.get_text_config(), "max_position_embeddings", None)
     if limit and tuning.seqlen > limit:
         problems.append(f"seqlen {tuning.seqlen} is more than the model's {limit} positions; use --seqlen {limit}")
-    if tuning.iters and tuning.batch_size > tuning.nsamples:
-        problems.append(f"batch-size {tuning.batch_size} is more than nsamples {tuning.nsamples}")
+    tuned_on = tuning.nsamples - heldout_of(tuning.nsamples)
+    if tuning.iters and tuning.batch_size > tuned_on:
+        problems.append(
+            f"batch-size {tuning.batch_size} is more than the {tuned_on} of {tuning.nsamples} samples that are tuned "
+            "on; lower it, or raise nsamples"
+        )
     return problems
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from calibrate.config import Recipe
 from calibrate.layer_state import LayerReport
 
 _PACKAGES = (
@@ -58,7 +59,8 @@ class Progress:
     Without a terminal there are no bars, only the line that is printed for each finished block.
     """
 
-    def __init__(self, blocks: int, steps: int) -> None:
+    def __init__(self, blocks: int, steps: int, *, improves: bool) -> None:
+        self._improves = improves  # on rounding to nearest
         self._blocks = tqdm(total=blocks, desc="blocks", unit="block", position=0, disable=None)
         self._steps = tqdm(total=steps, unit="step", position=1, leave=False, disable=None)
 
@@ -74,13 +76,13 @@ class Progress:
     def finish_block(self, report: BlockReport) -> None:
         """Print the block's line and advance the first bar."""
         line = f"{report.name}: error {_db(report.start_db)} dB rounded"
-        if report.final_loss is not None:
-            line += f", {_db(report.tuned_db)} dB tuned"
+        if self._improves:
+            line += f", {_db(report.tuned_db)} dB {'tuned' if report.final_loss is not None else 'by GPTQ'}"
         tqdm.write(f"{line}  ({report.seconds:.1f} s)", file=sys.stderr)
         if report.kept_start:
             tqdm.write(
-                f"WARNING: {report.name} keeps its start: tuning made it worse on the held-out samples; more samples, "
-                "or smaller steps, would help",
+                f"WARNING: {report.name} keeps its start, which is better on the held-out samples; more samples"
+                f"{', or smaller steps,' if report.final_loss is not None else ''} would help",
                 file=sys.stderr,
             )
         self._blocks.update()
@@ -92,9 +94,9 @@ class Progress:
 
 
 @contextmanager
-def progress_bars(blocks: int, steps: int) -> Iterator[Progress]:
+def progress_bars(blocks: int, recipe: Recipe) -> Iterator[Progress]:
     """`Progress` that is closed whatever happens."""
-    progress = Progress(blocks, steps)
+    progress = Progress(blocks, recipe.iters, improves=recipe.beyond_nearest)
     try:
         yield progress
     finally:
@@ -135,10 +137,10 @@ def _db(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def summary_table(blocks: list[BlockReport]) -> str:
+def summary_table(blocks: list[BlockReport], recipe: Recipe) -> str:
     """The table printed at the end of a run."""
-    tuned = any(block.final_loss is not None for block in blocks)
-    head = f"{'block':<28}{'start dB':>10}" + (f"{'tuned dB':>10}{'gain dB':>10}" if tuned else "") + f"{'seconds':>10}"
+    tuned = recipe.beyond_nearest
+    head = f"{'block':<28}{'start dB':>10}" + (f"{'final dB':>10}{'gain dB':>10}" if tuned else "") + f"{'seconds':>10}"
     lines = [head]
     for block in blocks:
         line = f"{block.name:<28}{_db(block.start_db):>10}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -103,12 +103,12 @@ class Steps:
             layer.module.weight.requires_grad_(False)
 
     def _one_step(self) -> None:
-        batches = self._order.shape[1]
-        for batch in range(batches):
+        for batch, share in enumerate(self._shares()):
             inputs, targets = self._feed.batch(batch)
-            error = self._loss(self._forward(self._module, inputs, self._arguments), targets, self._counted(batch))
+            output = self._forward(self._module, inputs, self._arguments)
+            error = self._loss(output, targets, self._counted(batch)) * share
             error.backward()
-            self.losses.index_add_(0, self._step, error.detach().reshape(1) / batches)
+            self.losses.index_add_(0, self._step, error.detach().reshape(1))
         rate = self._rates.index_select(0, self._step)[0]
         for layer in self._layers:
             layer.step(rate)
@@ -120,6 +120,14 @@ class Steps:
         if self._real is None:
             return None
         return self._real.index_select(0, self._order.index_select(0, self._step)[0, batch])
+
+    def _shares(self) -> Sequence[float | Tensor]:
+        """Of each batch in the mean over the current step's tokens that count."""
+        batches = self._order.shape[1]
+        if self._real is None:
+            return [1 / batches] * batches
+        tokens = torch.stack([cast(Tensor, self._counted(batch)).sum() for batch in range(batches)])
+        return list((tokens / tokens.sum()).unbind())
 
     def _record(self) -> torch.cuda.CUDAGraph:
         """The graph of a step; leaves the layers in the middle of nowhere. Learning rates are 0 here."""

@@ -28,6 +28,8 @@ class ModelTail:
     ) -> None:
         self._entry = _PassThrough()
         stand_ins: dict[int, object] = {id(block.module): self._entry for block in blocks}
+        # Nothing is left that needs position embeddings, and making them may ask the device for the longest position.
+        stand_ins |= {id(module): _NoPositions() for module in model.modules() if _makes_position_embeddings(module)}
         self.model = cast(PreTrainedModel, copy.deepcopy(model, stand_ins)).to(device=device, dtype=dtype).eval()
         self.model.requires_grad_(False)
         self._tokens = max(1, _LOGITS // model.config.get_text_config().vocab_size)
@@ -67,7 +69,18 @@ class ModelTail:
             expected = F.log_softmax(self.logits(target), dim=-1)
         found = F.log_softmax(self.logits(output), dim=-1)
         tokens = F.kl_div(found, expected, log_target=True, reduction="none").sum(-1)
-        return (tokens * counted[0, :, 0]).sum()
+        return torch.where(counted[0, :, 0] > 0, tokens, 0.0).sum()
+
+
+def _makes_position_embeddings(module: nn.Module) -> bool:
+    return any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))
+
+
+class _NoPositions(nn.Module):
+    """Stands for a rotary embedding."""
+
+    def forward(self, *args: object, **kwargs: object) -> None:
+        return None
 
 
 class _PassThrough(nn.Module):

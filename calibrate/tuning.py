@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, nan
 from typing import NamedTuple, cast
 
 import torch
@@ -108,29 +108,28 @@ def tune_block(
     with clock.phase("set-up"):
         layers, steps = _set_up(working, schemes, starts, inputs, outputs, real, recipe, shape, loss)
     start = judge()
+    if not isfinite(start.loss):
+        advance(module, inputs[judges].clone(), arguments)  # names the layer
+        raise NonFiniteError(f"the loss of the rounded block is {start.loss}")
 
     final_loss, values = None, dict[str, Tensor]()
     if recipe.iters:
         with clock.phase("steps"):
             steps.run(_order(len(inputs) - heldout, shape, generator), _rates(recipe), on_step)
-            losses = steps.losses.tolist()
-        for step, value in enumerate(losses):
-            if not isfinite(value):
-                culprit = first_non_finite(module, inputs[:1].to(working.device), arguments)
-                raise NonFiniteError(f"{culprit} gives a value that is not finite; the loss of step {step} is {value}")
-        final_loss = losses[-1]
+            final_loss = _last_loss(steps, working, inputs)
     if recipe.gptq:
         with clock.phase("gptq"):
             for name, layer in layers.items():
-                values[name] = gptq(layer.target, starts[name][1], cast(Tensor, statistics[name].second_moments))
+                values[name] = _gptq(name, layer.target, starts[name][1], statistics[name])
     with clock.phase("freeze"):
         weights = {name: layer.finish(name, values.get(name)) for name, layer in layers.items()}
-    tuned = judge()
-    kept_start = tuned.loss > start.loss
+    tuned = judge() if recipe.beyond_nearest else start
+    kept_start = not tuned.loss <= start.loss  # NaN is worse
     if kept_start:
         for layer in layers.values():
             layer.restart()
-        weights, tuned = {name: layer.finish(name) for name, layer in layers.items()}, start
+        weights = {name: layer.finish(name) for name, layer in layers.items()}
+        tuned = judge()
     with clock.phase("report"):
         reports = {name: layer.report(weights[name]) for name, layer in layers.items()}
     return TunedBlock(weights, reports, start, tuned, kept_start, final_loss)
@@ -153,11 +152,31 @@ def quantize_layer(
     return freeze(target, start)
 
 
+def _last_loss(steps: Steps, working: WorkingBlock, inputs: Tensor) -> float:
+    """Of the last step, after a look at all of them."""
+    losses: list[float] = steps.losses.tolist()
+    for step, value in enumerate(losses):
+        if not isfinite(value):
+            culprit = first_non_finite(working.module, inputs[:1].to(working.device), working.arguments)
+            raise NonFiniteError(f"{culprit} gives a value that is not finite; the loss of step {step} is {value}")
+    return losses[-1]
+
+
+def _gptq(name: str, target: Target, start: Rounding, statistics: InputStatistics) -> Tensor:
+    try:
+        return gptq(target, start, cast(Tensor, statistics.second_moments))
+    except ValueError as error:
+        raise NonFiniteError(f"{name}: {error}") from error
+
+
 @torch.no_grad()
 def _judge(working: WorkingBlock, inputs: Tensor, outputs: Tensor, real: Tensor | None, loss: Loss) -> Verdict:
-    """The block as it is, given its inputs and what should come out, [S, T, H] each."""
+    """The block as it is, given its inputs and what should come out, [S, T, H]; NaN if its output is not finite."""
     made = inputs.clone()
-    advance(working.module, made, working.arguments)
+    try:
+        advance(working.module, made, working.arguments)
+    except NonFiniteError:
+        return Verdict(nan, nan)
     masks = [None] * len(made) if real is None else real.split(1)
     samples = zip(made.split(1), outputs.split(1), masks, strict=True)
     losses = [loss(mine.to(working.device), theirs.to(working.device), mask) for mine, theirs, mask in samples]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from calibrate.activations import QuantizedInput, quantized_inputs
-from calibrate.blocks import Block, move_arguments, to_device
+from calibrate.blocks import Block, copy_arguments, to_device
 
 _Kept = TypeVar("_Kept")
 
@@ -29,7 +29,7 @@ class WorkingBlock:
 
     def __init__(self, block: Block, arguments: dict[str, Any], device: torch.device, dtype: torch.dtype) -> None:
         self.module = to_device(block, device, dtype)
-        self.arguments = move_arguments(arguments, device)  # what its forward takes beside the hidden states
+        self.arguments = copy_arguments(arguments, device)  # what its forward takes beside the hidden states
         self.originals: dict[str, Tensor] = {}  # weight [N, K] of each linear layer as loaded, on the device
         self._kept: tuple[Any, Any] | None = None  # key and value
         self._scales: dict[str, Tensor] = {}  # static ones of the layers' inputs

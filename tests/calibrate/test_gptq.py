@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+from calibrate import calibrate
+from calibrate.chain import NonFiniteError
 from calibrate.gptq import gptq
 from calibrate.rounding import Rounding, Target, freeze, targets
+from tests.calibrate.exports import llama, save_source
 from vllm_autoround.format.scheme import QuantScheme
 
 SCHEMES = ["W2A16G32", "W4A16_ASYM_G32", "W3A16", "NVFP4A16", "MXFP4A16", "MXFP8A16", "FP8_STATIC", "FP8_BLOCK"]
@@ -72,3 +77,14 @@ def test_what_is_no_second_moment_is_refused() -> None:
     target, start, hessian = problem("W4A16G32")
     with pytest.raises(ValueError, match="not positive definite"):
         gptq(target, start, -hessian)
+
+
+def test_a_layer_whose_inputs_are_refused_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("the inputs' second moments are not positive definite")
+
+    monkeypatch.setattr("calibrate.tuning.gptq", refuse)
+    texts = [list(range(2, 18))] * 2
+    source = save_source(tmp_path / "source", llama())
+    with pytest.raises(NonFiniteError, match=r"model.layers.0: self_attn.q_proj: .* not positive definite"):
+        calibrate(source, tmp_path / "out", scheme="W4A16G32", recipe="gptq", dataset=texts, nsamples=2, seqlen=16)

@@ -1,13 +1,17 @@
 """The model after its blocks: the same logits as the model's, and the divergence that the last block is tuned on."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tf
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from calibrate import tail as tail_module
 from calibrate.blocks import capture_inputs, find_blocks, run_block
 from calibrate.tail import ModelTail
+from tests.calibrate.conftest import COMMON, make_model
 
 SAMPLES = torch.randint(0, 128, (3, 24), generator=torch.Generator().manual_seed(1))
 
@@ -36,6 +40,29 @@ def test_the_model_is_left_as_it_was(family_model: tf.PreTrainedModel) -> None:
     blocks = sum(p.numel() for block in find_blocks(family_model) for p in block.module.parameters())
     whole = sum(p.numel() for p in family_model.parameters())
     assert sum(p.numel() for p in tail.model.parameters()) == whole - blocks
+
+
+ROPE = {"rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32}
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "dynamic"}, LONG], ids=["dynamic", "longrope"])
+def test_nothing_is_asked_of_the_device(rope: dict[str, Any]) -> None:
+    """A number read back would stall every step, and cannot be part of a CUDA graph."""
+    model = make_model(tf.LlamaConfig(**COMMON, rope_parameters=ROPE | rope))
+    target, output = torch.randn(2, 1, 24, 64)
+    with NoReadBack():
+        tail_of(model).divergence(output.requires_grad_(True), target).backward()
+    with pytest.raises(AssertionError, match="read back"), NoReadBack():
+        model(SAMPLES)  # as a model with such embeddings does
+
+
+class NoReadBack(TorchDispatchMode):
+    """Fails where Python is given the value of a tensor."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default, "read back"
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("logits_at_once", [1 << 26, 128 * 5])

@@ -1,6 +1,7 @@
 """Tuning one block: it helps, it is reproducible, and what is not finite stops it by name."""
 
 from dataclasses import replace
+from math import nan
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from calibrate.chain import NonFiniteError, advance, relative_distance
 from calibrate.clock import Clock
 from calibrate.config import Recipe
 from calibrate.rounding import OFFSET_UNIT
-from calibrate.tuning import TunedBlock, _order, _rates, tune_block
+from calibrate.tuning import TunedBlock, Verdict, _order, _rates, tune_block
 from calibrate.workbench import Workbench
 from tests.calibrate.conftest import COMMON, make_model
 from vllm_autoround.format.scheme import QuantScheme
@@ -30,6 +31,7 @@ def tune(
     batch: int = 4,
     recipe: Recipe = PLAIN,
     heldout: int = 0,
+    real: Tensor | None = None,
 ) -> tuple[TunedBlock, float, nn.Module]:
     model = make_model(tf.LlamaConfig(**COMMON)).bfloat16()
     blocks = find_blocks(model)
@@ -49,6 +51,7 @@ def tune(
             recipe=replace(recipe, iters=iters, batch_size=batch),
             statistics=statistics,
             heldout=heldout,
+            real=real,
             accumulate=accumulate,
             generator=torch.Generator().manual_seed(0),
             on_step=lambda: None,
@@ -117,6 +120,8 @@ def test_adamw_tunes_too_and_twice_the_same(scheme: str) -> None:
     adamw = replace(PLAIN, optimizer="adamw")
     tuned, error, _ = tune(60, scheme, recipe=adamw)
     assert error < 0.9 * tuned.start.error
+    wild, _, _ = tune(20, scheme, recipe=replace(adamw, lr=1.0))
+    assert wild.kept_start or wild.tuned.error < wild.start.error
     again, _, _ = tune(60, scheme, recipe=adamw)
     assert all(torch.equal(w.codes.float(), again.weights[name].codes.float()) for name, w in tuned.weights.items())
     signs, _, _ = tune(60, scheme)
@@ -144,6 +149,32 @@ def test_accumulated_batches_equal_one_large_batch() -> None:
     whole, _, _ = tune(iters=1, accumulate=1, batch=8)
     for name, weight in split.weights.items():
         assert (weight.codes != whole.weights[name].codes).float().mean() < 1e-3  # signs of sums near zero may differ
+
+
+def test_accumulated_batches_of_padded_samples_count_tokens() -> None:
+    """As many steps over one batch of all, whatever the lengths of the texts in either half."""
+    real = torch.arange(24) < torch.tensor([2, 24, 3, 20, 24, 1, 9, 24])[:, None]
+    split, _, _ = tune(iters=1, accumulate=2, batch=4, real=real)
+    whole, _, _ = tune(iters=1, accumulate=1, batch=8, real=real)
+    assert split.final_loss == pytest.approx(whole.final_loss, rel=1e-5)
+    for name, weight in split.weights.items():
+        assert (weight.codes != whole.weights[name].codes).float().mean() < 1e-3
+
+
+def test_a_result_that_is_not_finite_on_the_held_out_samples_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    verdicts = iter([Verdict(0.1, 0.1), Verdict(nan, nan), Verdict(0.1, 0.1)])
+    monkeypatch.setattr("calibrate.tuning._judge", lambda *_: next(verdicts))
+    tuned, _, _ = tune(3, heldout=2)
+    assert tuned.kept_start
+    assert tuned.tuned.loss == 0.1
+
+
+def test_rounding_is_judged_once_and_cannot_be_worse_than_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged = []
+    monkeypatch.setattr("calibrate.tuning._judge", lambda *_: judged.append(1) or Verdict(1.0, float(len(judged))))
+    rounded, _, _ = tune(0, heldout=2)
+    assert not rounded.kept_start
+    assert len(judged) == 1
 
 
 def test_every_sample_comes_once_before_any_comes_again() -> None:

@@ -7,7 +7,7 @@ import torch
 
 from calibrate.activations import QuantizedInput
 from calibrate.blocks import capture_inputs, find_blocks, run_block
-from calibrate.workbench import WorkingBlock, _make_of_arguments, _make_of_module
+from calibrate.workbench import Workbench, WorkingBlock, _make_of_arguments, _make_of_module
 from tests.calibrate.conftest import FAMILIES, make_model
 from vllm_autoround.format import activations
 
@@ -49,6 +49,13 @@ def test_a_block_loaded_into_anothers_module_is_that_block(
     assert torch.equal(after, run_block(fresh.module, captured.hidden, fresh.arguments))
     assert not torch.equal(after, before)
     assert all(torch.equal(working.originals[name], layer.weight) for name, layer in blocks[2].linears().items())
+
+
+def test_a_block_leaves_the_arguments_of_others_alone() -> None:
+    block = find_blocks(make_model(FAMILIES["llama"]()))[0]
+    arguments = [{"mask": torch.full((1, 24), float(index % 2)).expand(4, 24)} for index in range(3)]
+    bench = Workbench(CPU, torch.float32)
+    assert [bench.load(block, mine).arguments["mask"].unique().item() for mine in arguments] == [0, 1, 0]
 
 
 def test_what_is_kept_is_kept_under_its_key_only() -> None:
