@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
+
+# Before the libraries that read them are imported; child processes inherit them. Nothing here needs the Hub, whose
+# retries take half a minute where there is none. One thread each is fastest where several tests run at once: threads
+# that wait for each other at a barrier wait for whoever else has the core.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 import pytest
 import torch

@@ -14,7 +14,8 @@
 #   VERSION/   virtual environment with that vLLM and this project, on top of deps/
 #
 # Environment: PYTHON (default python3, 3.11 or newer); TORCH_INDEX_URL, an additional package index that has CPU builds
-# of torch (https://download.pytorch.org/whl/cpu); without it torch comes from where pip looks anyway.
+# of torch (https://download.pytorch.org/whl/cpu), without it torch comes from where pip looks anyway; PARALLEL, how
+# pytest-xdist spreads the tests (default: one worker a core).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -28,7 +29,7 @@ IMPORTED=(
     prometheus_client xgrammar fastapi partial_json_parser llguidance einops loguru safetensors
 )
 BUILD=("setuptools>=78.1.1,<81" setuptools-scm setuptools-rust cmake ninja jinja2 wheel)
-TEST=("pytest>=8" "hypothesis>=6")
+TEST=("pytest>=8" "pytest-xdist>=3.7" "hypothesis>=6")
 
 versions=("$@")
 [ $# -gt 0 ] || versions=(0.26.0 0.30.0 0.33.0)
@@ -39,8 +40,7 @@ mkdir -p "$matrix/wheels"
 echo '*' >"$matrix/.gitignore"
 
 make_deps() {
-    rm -rf "$deps"
-    "${PYTHON:-python3}" -m venv "$deps"
+    [ -x "$deps/bin/pip" ] || "${PYTHON:-python3}" -m venv --clear "$deps"
     local pip=("$deps/bin/python" -m pip --disable-pip-version-check)
     # torch first and with its index, so that nothing below brings another build of it.
     "${pip[@]}" install -q --no-deps "$TORCH" ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"}
@@ -79,7 +79,7 @@ run_version() { # VERSION
     for folder in tests/plugin tests/format; do
         if [ -d "$folder" ]; then folders+=("$folder"); fi
     done
-    "$matrix/$1/bin/python" -m pytest "${folders[@]}" -q -p no:cacheprovider
+    "$matrix/$1/bin/python" -m pytest "${folders[@]}" -q -p no:cacheprovider ${PARALLEL:--n logical}
 }
 
 # Runs a command with its output in a log, which is shown if it fails; sets `status` and succeeds. It must not be part of
@@ -94,7 +94,7 @@ logged() { # LOG COMMAND...
     if [ $status -ne 0 ]; then cat "$log"; fi
 }
 
-if [ ! -e "$deps/ready" ]; then
+if [ ! "$deps/ready" -nt tests/matrix.sh ]; then # the lists above
     logged "$matrix/deps.log" make_deps
     [ $status -eq 0 ] || exit 1
 fi

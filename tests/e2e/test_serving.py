@@ -22,17 +22,12 @@ from calibrate.vllm_environment import vllm_environment
 from demo.problems import generate
 from tests.conftest import DEMO_MODEL
 from tests.e2e.engine import run_engine
+from tests.e2e.reference import greedy_tokens, reference_model
 from vllm_autoround.format.manifest import KV_SCALES
-from vllm_autoround.format.reader import dequantized_state_dict, read_tensors, tensor_files
+from vllm_autoround.format.reader import read_tensors, tensor_files
 
 pytestmark = pytest.mark.slow
 SCRIPTS = Path(sys.executable).parent
-
-
-@pytest.fixture(scope="module")
-def prompts() -> list[list[int]]:
-    tokenizer = tf.AutoTokenizer.from_pretrained(DEMO_MODEL)
-    return [tokenizer(f"Question: {p['question']}\nAnswer:").input_ids for p in generate("test", 4, seed=2)]
 
 
 @pytest.fixture(scope="module")
@@ -54,32 +49,10 @@ def without_kv(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
-@torch.no_grad()
-def transformers_tokens(checkpoint: Path, prompts: list[list[int]], count: int) -> list[list[int]]:
-    """Greedy tokens of transformers, float32, on the dequantized weights."""
-    model = tf.AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
-    state = dequantized_state_dict(checkpoint, torch.float32)
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not unexpected
-    assert missing == ["lm_head.weight"]  # tied
-    tokens = []
-    for ids in prompts:
-        out = model.generate(torch.tensor([ids]), max_new_tokens=count, min_new_tokens=count, do_sample=False)
-        tokens.append(out[0, len(ids) :].tolist())
-    return tokens
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_greedy_tokens_equal_transformers_on_the_dequantized_weights(
-    without_kv: Path, prompts: list[list[int]], ranks: int
-) -> None:
-    if ranks == 2:
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
-    try:
-        result = run_engine(without_kv, prompts, dtype="float32", quantization="autoround", tensor_parallel_size=ranks)
-    finally:
-        os.environ.pop("VLLM_CPU_OMP_THREADS_BIND", None)
-    assert result["tokens"] == transformers_tokens(without_kv, prompts, 24)
+def test_greedy_tokens_of_two_ranks(without_kv: Path, prompts: list[list[int]]) -> None:
+    """Of one rank: tests/e2e/test_mixed.py."""
+    result = run_engine(without_kv, prompts, dtype="float32", quantization="autoround", tensor_parallel_size=2)
+    assert result["tokens"] == greedy_tokens(without_kv, prompts, 24)
     methods = {name: method for name, method in result["methods"].items() if "lm_head" not in name}
     assert set(methods.values()) == {"AutoRoundLinearMethod"}
     assert len(methods) == 4 * 4  # qkv, o, gate_up and down in four blocks
@@ -123,10 +96,8 @@ def test_stock_vllm_loads_the_checkpoint_without_the_plugin(
 def test_transformers_loads_the_checkpoint_with_the_logits_of_the_dequantized_weights(
     demo_checkpoint: Path, without_kv: Path, prompts: list[list[int]]
 ) -> None:
-    reference = tf.AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
-    reference.load_state_dict(dequantized_state_dict(demo_checkpoint, torch.float32), strict=False)
     ids = torch.tensor([prompts[0]])
-    expected = reference(ids).logits
+    expected = reference_model(without_kv)(ids).logits
     loaded = tf.AutoModelForCausalLM.from_pretrained(without_kv, dtype=torch.float32)
     torch.testing.assert_close(loaded(ids).logits, expected)
     # With the KV scheme transformers rounds keys and values to fp8 (relative step 2^-3) with the file's scales.
@@ -185,7 +156,8 @@ def test_the_gate_scores_both_models_through_vllm_and_passes(demo_checkpoint: Pa
     data.write_text("".join(json.dumps(problem) + "\n" for problem in generate("test", 10, seed=4)))
     command = [SCRIPTS / "vllm-autoround", "gate", demo_checkpoint, "--baseline", DEMO_MODEL, "--data", data]
     command += ["--num-fewshot", "2", "--min-recovery", "0.8", "--output", output]
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    # One process a model instead of two: the import takes longest.
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     assert "PASSED: recovery" in run.stdout

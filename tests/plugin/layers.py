@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,15 +15,18 @@ from vllm.model_executor.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from vllm_autoround.format.layouts import COMPRESSED_TENSORS, LAYOUTS
 from vllm_autoround.format.manifest import Manifest
 from vllm_autoround.format.scheme import NAMED_SCHEMES, QuantScheme
 from vllm_autoround.format.weights import Integer, QuantizedWeight, quantize
 from vllm_autoround.plugin.config import AutoRoundConfig
+from vllm_autoround.plugin.embedding import AutoRoundEmbeddingMethod
 from vllm_autoround.plugin.linear import AutoRoundLinearMethod
 
-COLUMNS = 256  # K of every layer; a multiple of every group size, also when two ranks split it
+COLUMNS = 512  # K of every layer; a multiple of every group size, also when two ranks split it
+VOCABULARY = 500  # not a multiple of 64, to which vLLM pads; nor do zero points of every width fill whole words
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 INTEGERS = [
     QuantScheme(Integer(bits=bits, group_size=group_size, symmetric=symmetric))
@@ -51,10 +54,18 @@ class Kind:
     """A class of layer as vLLM's models create and load it."""
 
     label: str
+    layer: type[torch.nn.Module]
     name: str  # of the layer, inside its parent
     create: Callable[..., torch.nn.Module]
     shards: dict[Shard, tuple[str, int]]  # shard id -> name on disk, output rows over all ranks
+    parent: str = "model.layers.0."
     splits_input: bool = False
+    copied: tuple[Shard, ...] = ()  # shards that both of two ranks hold in full
+
+    @property
+    def names(self) -> dict[Shard, str]:
+        """Shard id -> full name on disk."""
+        return {shard: self.parent + name for shard, (name, _) in self.shards.items()}
 
 
 def _replicated(**common: Any) -> torch.nn.Module:
@@ -66,18 +77,34 @@ def _row(**common: Any) -> torch.nn.Module:
     return RowParallelLinear(COLUMNS, 96, reduce_results=common["bias"], **common)
 
 
+def head(rows: int = VOCABULARY) -> Kind:
+    def create(**common: Any) -> torch.nn.Module:
+        return ParallelLMHead(rows, COLUMNS, **common)
+
+    return Kind("lm_head", ParallelLMHead, "lm_head", create, {None: ("lm_head", rows)}, parent="")
+
+
+def embedding(rows: int = VOCABULARY) -> Kind:
+    def create(bias: bool = False, **common: Any) -> torch.nn.Module:
+        return VocabParallelEmbedding(rows, COLUMNS, **common)
+
+    name = "embed_tokens"
+    return Kind("embedding", VocabParallelEmbedding, name, create, {None: (name, rows)}, parent="model.")
+
+
 def column(rows: int = 192) -> Kind:
     def create(**common: Any) -> torch.nn.Module:
         return ColumnParallelLinear(COLUMNS, rows, **common)
 
-    return Kind("column", "fc1", create, {None: ("fc1", rows)})
+    return Kind("column", ColumnParallelLinear, "fc1", create, {None: ("fc1", rows)})
 
 
 def merged(gate: int = 128, up: int = 192) -> Kind:
     def create(**common: Any) -> torch.nn.Module:
         return MergedColumnParallelLinear(COLUMNS, [gate, up], **common)
 
-    return Kind("merged", "gate_up_proj", create, {0: ("gate_proj", gate), 1: ("up_proj", up)})
+    shards: dict[Shard, tuple[str, int]] = {0: ("gate_proj", gate), 1: ("up_proj", up)}
+    return Kind("merged", MergedColumnParallelLinear, "gate_up_proj", create, shards)
 
 
 def qkv(head_size: int = 32, heads: int = 4, kv_heads: int = 2) -> Kind:
@@ -90,11 +117,12 @@ def qkv(head_size: int = 32, heads: int = 4, kv_heads: int = 2) -> Kind:
         "k": ("k_proj", kv_rows),
         "v": ("v_proj", kv_rows),
     }
-    return Kind(f"qkv{kv_heads}", "qkv_proj", create, shards)
+    copied = ("k", "v") if kv_heads == 1 else ()
+    return Kind(f"qkv{kv_heads}", QKVParallelLinear, "qkv_proj", create, shards, copied=copied)
 
 
-REPLICATED = Kind("replicated", "gate", _replicated, {None: ("gate", 96)})
-ROW = Kind("row", "down_proj", _row, {None: ("down_proj", 96)}, splits_input=True)
+REPLICATED = Kind("replicated", ReplicatedLinear, "gate", _replicated, {None: ("gate", 96)}, copied=(None,))
+ROW = Kind("row", RowParallelLinear, "down_proj", _row, {None: ("down_proj", 96)}, splits_input=True)
 COLUMN, MERGED, QKV, QKV_ONE_KV_HEAD = column(), merged(), qkv(), qkv(kv_heads=1)
 KINDS = [REPLICATED, COLUMN, ROW, MERGED, QKV, QKV_ONE_KV_HEAD]
 # The same with parts that two ranks can split into blocks of 128 rows.
@@ -158,12 +186,17 @@ def stored(
     if scheme is None:
         return Stored(None, torch.randn(rows, COLUMNS).to(dtype))
     scale = scheme.activations and scheme.activations.calibrated(torch.tensor(amax))
-    return Stored(scheme, random_weight(scheme, rows, COLUMNS, dtype), scale, layout)
+    weight = random_weight(scheme, rows, COLUMNS, dtype)
+    if layout.startswith("gptq") and weight.zero_point is not None:  # which may store it minus one
+        weight = replace(weight, zero_point=weight.zero_point.clamp(min=1))
+    return Stored(scheme, weight, scale, layout)
 
 
-def all_of(kind: Kind, scheme: QuantScheme, dtype: torch.dtype = torch.float32) -> dict[Shard, Stored]:
-    """Every shard of a layer, all in one scheme."""
-    return {shard: stored(scheme, rows, dtype) for shard, (_, rows) in kind.shards.items()}
+def all_of(
+    kind: Kind, scheme: QuantScheme, dtype: torch.dtype = torch.float32, layout: str = COMPRESSED_TENSORS
+) -> dict[Shard, Stored]:
+    """Every shard of a layer, all in one scheme and layout."""
+    return {shard: stored(scheme, rows, dtype, layout) for shard, (_, rows) in kind.shards.items()}
 
 
 def config_of(
@@ -176,18 +209,27 @@ def config_of(
         if scheme is not None:
             schemes[name] = scheme
             layouts[name] = layer.layout if isinstance(layer, Stored) else COMPRESSED_TENSORS
+    return adopting(Manifest(schemes=schemes, kv_cache=kv_cache, ignore=ignore, other_layouts=layouts))
+
+
+def adopting(manifest: Manifest) -> AutoRoundConfig:
     config = AutoRoundConfig({})
-    config._adopt(Manifest(schemes=schemes, kv_cache=kv_cache, ignore=ignore, other_layouts=layouts))
+    config._adopt(manifest)
     config.packed_modules_mapping = PACKED  # vLLM sets it from the model's class
     return config
 
 
 def create(
-    kind: Kind, shards: Mapping[Shard, Stored], dtype: torch.dtype = torch.float32, bias: bool = False
+    kind: Kind,
+    shards: Mapping[Shard, Stored],
+    dtype: torch.dtype = torch.float32,
+    bias: bool = False,
+    config: AutoRoundConfig | None = None,
 ) -> torch.nn.Module:
-    config = config_of({f"model.layers.0.{kind.shards[shard][0]}": layer for shard, layer in shards.items()})
-    layer = kind.create(bias=bias, params_dtype=dtype, quant_config=config, prefix=f"model.layers.0.{kind.name}")
-    assert isinstance(layer.quant_method, AutoRoundLinearMethod)
+    """The layer of the current rank; by default its config is past the reading of a file."""
+    config = config or config_of({kind.names[shard]: layer for shard, layer in shards.items()})
+    layer = kind.create(bias=bias, params_dtype=dtype, quant_config=config, prefix=kind.parent + kind.name)
+    assert isinstance(layer.quant_method, AutoRoundLinearMethod | AutoRoundEmbeddingMethod)
     spoil(layer)
     return layer
 
@@ -209,9 +251,10 @@ def loaded(
     shards: Mapping[Shard, Stored],
     dtype: torch.dtype = torch.float32,
     biases: Mapping[Shard, Tensor] | None = None,
+    config: AutoRoundConfig | None = None,
 ) -> torch.nn.Module:
     """The layer of the current rank with its share of every shard, ready for use."""
-    layer = create(kind, shards, dtype, bias=biases is not None)
+    layer = create(kind, shards, dtype, biases is not None, config)
     for shard, kept in shards.items():
         load(layer, kept.tensors() | ({"bias": biases[shard]} if biases else {}), shard)
     layer.quant_method.process_weights_after_loading(layer)
@@ -225,6 +268,21 @@ def rounding_bound(x: Tensor, weight: Tensor, terms: int) -> Tensor:
     """
     unit = 2.0**-24
     return terms * unit / (1 - terms * unit) * (x.double().abs() @ weight.double().abs().T)
+
+
+def assembled(kind: Kind, outputs: Sequence[Tensor]) -> dict[Shard, list[Tensor]]:
+    """The output of each shard over all ranks, from those of the ranks; several where each rank has all of it."""
+    if kind.splits_input:
+        return {None: [torch.stack(list(outputs)).sum(0)]}
+    # A rank holds its part of every shard, one after the other.
+    sizes = [rows if shard in kind.copied else rows // len(outputs) for shard, (_, rows) in kind.shards.items()]
+    if len(sizes) == 1:
+        sizes = [outputs[0].shape[-1]]  # with the padding of a vocabulary
+    parts = zip(*(output.split(sizes, dim=-1) for output in outputs), strict=True)
+    return {
+        shard: list(own) if shard in kind.copied else [torch.cat(own, dim=-1)]
+        for shard, own in zip(kind.shards, parts, strict=True)
+    }
 
 
 def truth(x: Tensor, shards: Mapping[Shard, Stored]) -> tuple[Tensor, Tensor]:

@@ -6,10 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 
-from vllm_autoround.format.layouts import COMPRESSED_TENSORS, LAYOUTS
 from vllm_autoround.format.scheme import NAMED_SCHEMES, QuantScheme
 from vllm_autoround.format.weights import NvFp4, QuantizedWeight, quantize
 
@@ -23,6 +21,7 @@ from .layers import (
     Shard,
     Stored,
     all_of,
+    assembled,
     config_of,
     dense,
     identify,
@@ -90,12 +89,9 @@ def test_mixed_schemes_on_two_ranks(
     for rank in range(2):
         with tensor_parallel(rank, 2):
             outputs.append(loaded(kind, shards)(x)[0].double())
-    for shard, layer in shards.items():
-        exact, bound = truth(x, {shard: layer})
-        copied = kind is QKV_ONE_KV_HEAD and shard != "q"
-        rows = exact.shape[1] // (1 if copied else 2)
-        held, outputs = [out[:, :rows] for out in outputs], [out[:, rows:] for out in outputs]
-        for whole in held if copied else [torch.cat(held, dim=1)]:
+    for shard, wholes in assembled(kind, outputs).items():
+        exact, bound = truth(x, {shard: shards[shard]})
+        for whole in wholes:
             assert ((whole - exact).abs() <= bound).all()
 
 
@@ -182,66 +178,9 @@ def test_blocks_that_would_cover_rows_of_two_shards() -> None:
 
 # --- layouts --------------------------------------------------------------------------------------------------------
 
-INTEGER_LAYOUTS = [name for name in LAYOUTS if not name.startswith("fp8") and name != COMPRESSED_TENSORS]
-
-
-def in_layout(layout: str, scheme: QuantScheme, rows: int) -> Stored:
-    """A layer in a foreign layout, with what all of them can express."""
-    layer = stored(scheme, rows, layout=layout)
-    weight = layer.weight
-    assert isinstance(weight, QuantizedWeight)
-    if weight.zero_point is not None:
-        return replace(layer, weight=replace(weight, zero_point=weight.zero_point.clamp(min=1)))
-    return layer
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
-@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
-@pytest.mark.parametrize("kind", [MERGED, QKV], ids=identify)
-@pytest.mark.parametrize("layout", INTEGER_LAYOUTS)
-def test_foreign_layouts(
-    layout: str, kind: Kind, symmetric: bool, bits: int, ranks: int, tensor_parallel: TensorParallel
-) -> None:
-    scheme = integer(bits, symmetric=symmetric)
-    shards = {shard: in_layout(layout, scheme, rows) for shard, (_, rows) in kind.shards.items()}
-    parts = []
-    for rank in range(ranks):
-        with tensor_parallel(rank, ranks):
-            parts.append(probe(loaded(kind, shards)))
-    for layer in shards.values():
-        rows = layer.dequantize().shape[0] // ranks
-        assert torch.equal(torch.cat([part[:rows] for part in parts]), layer.dequantize())
-        parts = [part[rows:] for part in parts]
-
-
-@pytest.mark.parametrize("group_size", [32, None], ids=["g32", "per-channel"])
-@pytest.mark.parametrize("layout", INTEGER_LAYOUTS)
-def test_foreign_layouts_cut_along_the_input(
-    layout: str, group_size: int | None, tensor_parallel: TensorParallel
-) -> None:
-    from .layers import ROW
-
-    layer = in_layout(layout, integer(4, group_size, symmetric=False), 96)
-    parts: list[Tensor] = []
-    for rank in range(2):
-        with tensor_parallel(rank, 2):
-            parts.append(probe(loaded(ROW, {None: layer})))
-    assert torch.equal(torch.cat(parts, dim=1), layer.dequantize())
-
-
-@pytest.mark.parametrize(
-    ("layout", "name"), [("fp8_static", "FP8"), ("fp8_static", "FP8_STATIC"), ("fp8_block", "FP8_BLOCK")]
-)
-def test_foreign_fp8(layout: str, name: str) -> None:
-    shards = {shard: stored(NAMED_SCHEMES[name], rows, layout=layout) for shard, (_, rows) in MERGED.shards.items()}
-    x = torch.randn(5, COLUMNS)
-    exact, bound = truth(x, shards)
-    assert ((loaded(MERGED, shards)(x)[0].double() - exact).abs() <= bound).all()
-
 
 def test_different_layouts_of_one_scheme_share_a_call() -> None:
-    shards: dict[Shard, Stored] = {0: in_layout("gptq", W4, 128), 1: in_layout("awq", W4, 192)}
+    shards: dict[Shard, Stored] = {0: stored(W4, 128, layout="gptq"), 1: stored(W4, 192, layout="awq")}
     layer = loaded(MERGED, shards)
     assert torch.equal(probe(layer), dense(shards))
     assert len(layer.parts) == 1
@@ -249,10 +188,10 @@ def test_different_layouts_of_one_scheme_share_a_call() -> None:
 
 def test_contents_that_a_layout_refuses_name_the_layer() -> None:
     """A zero point of 16 as some writers of GPTQ leave it."""
-    layer = in_layout("gptq", W4_ASYM, 128)
+    layer = stored(W4_ASYM, 128, layout="gptq")
     tensors = layer.tensors()
     tensors["qzeros"] = torch.full_like(tensors["qzeros"], -1)
-    other = in_layout("gptq", W4_ASYM, 192)
+    other = stored(W4_ASYM, 192, layout="gptq")
     config = config_of({"mlp.gate_proj": layer, "mlp.up_proj": other})
     vllm_layer = MERGED.create(bias=False, params_dtype=torch.float32, quant_config=config, prefix="mlp.gate_up_proj")
     load(vllm_layer, tensors, 0)
