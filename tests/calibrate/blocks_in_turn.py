@@ -46,6 +46,8 @@ def tune_in_turn(
     together: bool = True,
     pinned: bool = False,
     accumulate: int = 1,
+    heldout: int = 0,
+    real: Tensor | None = None,
 ) -> Tuned:
     """Tune every block: on one workbench, or each on one of its own."""
     place, blocks = torch.device(device), find_blocks(model)
@@ -59,7 +61,9 @@ def tune_in_turn(
         working = bench.load(block, captured.arguments[index])
         advance(working.module, original, working.arguments)
         schemes = schemes_of(index, block)
-        statistics = observe_inputs(working.module, schemes, quantized, working.arguments)
+        statistics = observe_inputs(
+            working.module, schemes, quantized, working.arguments, real=real, second_moments=recipe.gptq
+        )
         last = index == len(blocks) - 1
         divergence = last and recipe.kl_last_block
         with working.quantized_inputs(quantized_inputs_of(schemes, statistics)):
@@ -68,9 +72,10 @@ def tune_in_turn(
                 schemes,
                 quantized,
                 original,
+                real=real,
                 recipe=recipe,
                 statistics=statistics,
-                heldout=0,
+                heldout=heldout,
                 accumulate=accumulate,
                 generator=torch.Generator().manual_seed(index),
                 on_step=lambda: None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -56,11 +57,12 @@ def check(
     *,
     blocks: int = 1,
     steps: int = 1,
+    **samples: Any,
 ) -> None:
     """Both ways of tuning agree, and the shared one made so many working blocks and so many steps."""
-    together = tune_in_turn(make(), SAMPLES, schemes, recipe)
+    together = tune_in_turn(make(), SAMPLES, schemes, recipe, **samples)
     assert (made.blocks, made.steps) == (blocks, steps)
-    assert_same(together, tune_in_turn(make(), SAMPLES, schemes, recipe, together=False))
+    assert_same(together, tune_in_turn(make(), SAMPLES, schemes, recipe, together=False, **samples))
     assert made.blocks - blocks == 3
     assert any(layer.moved > 0 for layer in together.blocks[2].layers.values())
 
@@ -115,6 +117,30 @@ def test_the_loss_of_the_last_block(made: Counted) -> None:
     with_divergence, without = (tune_in_turn(llama()(), SAMPLES, everywhere("W3A16G32"), r) for r in (recipe, RECIPE))
     assert with_divergence.blocks[1].final_loss == without.blocks[1].final_loss
     assert with_divergence.blocks[2].final_loss != without.blocks[2].final_loss
+
+
+@pytest.mark.parametrize(
+    "recipe", [replace(RECIPE, optimizer="adamw"), replace(RECIPE, iters=0, gptq=True)], ids=["adamw", "gptq"]
+)
+def test_other_ways_to_round(recipe: Recipe, made: Counted) -> None:
+    check(made, llama(), everywhere("W3A16G32"), recipe)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_padded_and_held_out_samples(accumulate: int, made: Counted) -> None:
+    lengths = torch.tensor([24, 3, 17, 24, 9, 20, 5, 12])[: len(SAMPLES), None]
+    padded = {"real": torch.arange(SAMPLES.shape[1]) < lengths, "heldout": 2, "accumulate": accumulate}
+    check(made, llama(), everywhere("W3A16G32"), **padded)
+
+
+def test_a_block_that_keeps_its_start_leaves_nothing_to_the_next() -> None:
+    wild = replace(RECIPE, lr=1.0, iters=3)
+    rounded = tune_in_turn(llama()(), SAMPLES, everywhere("W3A16G32"), replace(RECIPE, iters=0), heldout=2)
+    kept = tune_in_turn(llama()(), SAMPLES, everywhere("W3A16G32"), wild, heldout=2)
+    assert all(block.kept_start for block in kept.blocks)
+    assert kept.errors == pytest.approx(rounded.errors)
+    for mine, other in zip(kept.blocks, rounded.blocks, strict=True):
+        assert all(torch.equal(weight.codes, other.weights[name].codes) for name, weight in mine.weights.items())
 
 
 @pytest.mark.parametrize("family", ["gemma2", "opt"])
