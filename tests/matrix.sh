@@ -104,6 +104,7 @@ for version in "${versions[@]}"; do
     logged "$matrix/$version.log" run_version "$version"
     verdict=ok
     if [ $status -ne 0 ]; then verdict=FAILED failed=1; fi
-    echo "vLLM $version: $verdict, $(tail -n 1 "$matrix/$version.log")"
+    # Not the last line: pytest's workers may log after it.
+    echo "vLLM $version: $verdict, $(grep -E ' in [0-9.]+s' "$matrix/$version.log" | tail -n 1)"
 done
 exit $failed
