@@ -50,7 +50,7 @@ def calibrate(model: str | Path, out: str | Path, **settings: Any) -> dict[str, 
     config, watch, reports = CalibrationConfig(**settings), Stopwatch(), list[BlockReport]()
     source = load_source(str(model), trust_remote_code=config.trust_remote_code)
     plan = make_plan(source, Path(out), config)
-    if plan.device.type == "cuda":
+    if plan.device.type == "cuda" and plan.device.index is not None:
         torch.cuda.set_device(plan.device)  # streams, graphs and Triton kernels go to the current one
     outside = quantize_embedding(source.model, plan, config)
     original, quantized, arguments = _block_inputs(source.model, plan, outside)
