@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from calibrate.blocks import run_block, token_parts
+from calibrate.blocks import masked_parts, run_block
 from calibrate.layer_schemes import fused_groups
 from vllm_autoround.format.activations import ActivationType
 from vllm_autoround.format.scheme import QuantScheme
@@ -68,10 +68,8 @@ def observe_inputs(
     if not names:
         return {}
     device = next(block.parameters()).device
-    parts = token_parts(hidden)
-    masks = [None] * len(parts) if real is None else token_parts(real)
     seen: dict[str, InputStatistics] = {}
-    for part, mask in zip(parts, masks, strict=True):
+    for part, mask in masked_parts(hidden, real):
         with recorded_inputs(block, names, seen, real=mask, second_moments=second_moments):
             run_block(block, part.to(device), arguments)
     return seen

@@ -33,10 +33,9 @@ class AdamWStep:
         out: Tensor,
         finite: Tensor,
         *,
-        momentum: float,
         most_clip: float,
     ) -> None:
-        """See `sign_step`; ``means`` and ``momentum`` are not used."""
+        """See `sign_step`; ``means`` is not used: the optimizer has its own."""
         slopes = gradients(target, rounding, grad)
         finite.logical_and_(slopes.low_clip.isfinite().all() & slopes.high_clip.isfinite().all())
         rounding.offset.grad = slopes.offset

@@ -104,6 +104,12 @@ def token_parts(hidden: Tensor) -> tuple[Tensor, ...]:
     return hidden.split(max(1, _PART_TOKENS // hidden.shape[1]))
 
 
+def masked_parts(hidden: Tensor, real: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """`token_parts` of [S, T, H], each with its rows of ``real`` [S, T] bool, the tokens that count; None: all do."""
+    parts = token_parts(hidden)
+    return zip(parts, [None] * len(parts) if real is None else token_parts(real), strict=True)
+
+
 def to_device(block: Block, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """A working copy of a block: on ``device``, in ``dtype``, in inference mode."""
     return copy.deepcopy(block.module).to(device=device, dtype=dtype).eval()

@@ -124,7 +124,7 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--optimizer",
         choices=get_args(Optimizer),
-        help="sign of the gradient's running mean, or AdamW, which is slower and does not use --momentum",
+        help="sign of the gradient's running mean, or AdamW, which does not use --momentum",
     )
     how.add_argument(
         "--scale-search", action=argparse.BooleanOptionalAction, help="start from the best scales of a grid"

@@ -19,7 +19,7 @@ from calibrate.rounding import Rounding, Target, grid_of
 
 _DAMPING = 0.01  # of the mean of H's diagonal, added to it: GPTQ's own
 _BLOCK = 128  # features whose effect on the others is applied at once
-_SWEEPS = 4  # of coordinate descent; it gains next to nothing after that
+_SWEEPS = 4  # of coordinate descent at most, to bound the time
 
 
 @torch.no_grad()

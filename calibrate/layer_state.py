@@ -119,24 +119,22 @@ class _Quantizer(NamedTuple):
 
 
 def _quantizer(target: Target, rounding: Rounding, recipe: Recipe, most_clip: float) -> _Quantizer:
-    """On a GPU one kernel each, or else compiled; on the CPU as they are written."""
-    momentum = recipe.momentum
+    """On a GPU one kernel each, or else compiled; on the CPU, and AdamW, as they are written."""
     if recipe.optimizer == "adamw":
         adamw = AdamWStep(rounding)
-        return _Quantizer(partial(adamw, momentum=momentum, most_clip=most_clip), _install, False, adamw.restart)
-    if target.weight.device.type != "cuda":
-        return _Quantizer(partial(sign_step, momentum=momentum, most_clip=most_clip), _install, False)
-    from calibrate import fused_step  # noqa: PLC0415 (needs Triton, which a CPU may be without)
+        return _Quantizer(partial(adamw, most_clip=most_clip), _install, False, adamw.restart)
+    step, install, recordable = sign_step, _install, False
+    if target.weight.device.type == "cuda":
+        from calibrate import fused_step  # noqa: PLC0415 (needs Triton, which a CPU may be without)
 
-    if fused_step.supports(target):
-        return _Quantizer(
-            partial(fused_step.fused_sign_step, momentum=momentum, most_clip=most_clip),
-            fused_step.fused_fake_quantize,
-            True,
-        )
-    # Replayed from a CUDA graph, the compiled step of 128 x 128 tiles gave other results than called from Python. Why
-    # was not found, so nothing compiled is recorded.
-    return _Quantizer(partial(compiled(sign_step), momentum=momentum, most_clip=most_clip), compiled(_install), False)
+        # Replayed from a CUDA graph, the compiled step of 128 x 128 tiles gave other results than called from Python.
+        # Why was not found, so nothing compiled is recorded.
+        recordable = fused_step.supports(target)
+        if recordable:
+            step, install = fused_step.fused_sign_step, fused_step.fused_fake_quantize
+        else:
+            step, install = compiled(sign_step), compiled(_install)
+    return _Quantizer(partial(step, momentum=recipe.momentum, most_clip=most_clip), install, recordable)
 
 
 def _install(target: Target, rounding: Rounding, out: Tensor) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from calibrate.activations import InputStatistics, observe_inputs, quantized_inputs_of
-from calibrate.blocks import Block, capture_inputs, token_parts
+from calibrate.blocks import Block, capture_inputs, masked_parts
 from calibrate.chain import NonFiniteError, advance
 from calibrate.checkpoint import CheckpointWriter
 from calibrate.clock import Clock
@@ -221,10 +221,8 @@ def _advance_quantized(
     if plan.manifest.kv_cache is None:
         advance(module, hidden, arguments)
         return {}
-    parts = token_parts(hidden)
-    masks = [None] * len(parts) if plan.real is None else token_parts(plan.real)
     with observed(module) as ranges:
-        for part, ranges.real in zip(parts, masks, strict=True):
+        for part, ranges.real in masked_parts(hidden, plan.real):
             advance(module, part, arguments)
     return ranges.scales(module, name, per_head=plan.manifest.kv_cache == "fp8_per_head")
 

@@ -44,7 +44,7 @@ class BlockReport:
 
     @property
     def gain_db(self) -> float:
-        """How much less the error is than before tuning; negative if tuning did harm."""
+        """How much less the error is than before tuning; may be negative for a block tuned on the model's output."""
         return (self.start_db or 0.0) - (self.tuned_db or 0.0)
 
 
