@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
-from calibrate.activations import QuantizedInput, quantized_inputs
+from calibrate.activations import QuantizedInput
 from calibrate.blocks import find_blocks
+from calibrate.linear import make_working, quantized_inputs
 from vllm_autoround.format.reader import dequantized_state_dict, read_manifest, read_tensors
 
 Problem = dict[str, str]  # GSM8K's format: "question", and "answer" that ends in "#### N"
@@ -43,7 +44,7 @@ def served_model(folder: Path, checkpoint: Path | None, device: torch.device) ->
         if wrong := unexpected or sorted(set(missing) - tied):
             raise ValueError(f"{len(wrong)} tensors do not fit {type(model).__name__}, the first is {wrong[0]}")
         inputs = _input_types(checkpoint, device)
-    with quantized_inputs(model.to(device), inputs):
+    with quantized_inputs(make_working(model.to(device)), inputs):
         yield model
 
 

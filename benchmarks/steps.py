@@ -100,14 +100,13 @@ def _time_copy(traffic: int) -> float:
 def _time_step(scheme: str, shape: BlockShape, batch: int, *, graphed: bool, compiled: bool) -> dict[str, Any]:
     """A step of the tuner as it is, in the mean of many."""
     _forget()
-    block, working, hidden = _working_block(shape)
+    block, working, hidden = _working_block(shape, compile=compiled)
     recipe = Recipe(iters=20, batch_size=batch, momentum=0.7, scale_lr=0.5)
     quant = QuantScheme.parse(scheme)
     statistics = {name: _Statistics(hidden) for name in block.linears()}
     inputs = quantized_inputs_of(dict.fromkeys(block.linears(), quant), statistics)  # type: ignore[arg-type]
     with (
         mock.patch.object(steps, "GRAPHED", graphed),
-        mock.patch.object(steps, "COMPILED", compiled),
         working.quantized_inputs(inputs),
     ):
         working.module.requires_grad_(False)
@@ -118,8 +117,7 @@ def _time_step(scheme: str, shape: BlockShape, batch: int, *, graphed: bool, com
             layers.append(LayerState(module, target, Rounding.nearest(target), recipe, MOST_CLIP))  # type: ignore[arg-type]
         shape_of_steps = (recipe.iters, 1, batch)
         runner = steps.Steps(
-            working.module,
-            working.arguments,
+            working,
             layers,
             hidden,
             hidden.roll(1, 0),
@@ -163,7 +161,7 @@ class _Statistics:
         self.amax = torch.tensor(5.0, device=hidden.device)
 
 
-def _working_block(shape: BlockShape) -> tuple[Block, WorkingBlock, Tensor]:
+def _working_block(shape: BlockShape, *, compile: bool = False) -> tuple[Block, WorkingBlock, Tensor]:
     """A block with random weights, and samples [16, T, H]."""
     config = LlamaConfig(
         vocab_size=1024,
@@ -180,7 +178,7 @@ def _working_block(shape: BlockShape) -> tuple[Block, WorkingBlock, Tensor]:
     tokens = torch.randint(0, 1024, (1, _SEQLEN), device=_CUDA)
     captured = capture_inputs(model, find_blocks(model), tokens, torch.bfloat16)
     block = find_blocks(model)[0]
-    working = Workbench(_CUDA, torch.bfloat16).load(block, captured.arguments[0])
+    working = Workbench(_CUDA, torch.bfloat16, compile=compile).load(block, captured.arguments[0])
     return block, working, torch.randn(16, _SEQLEN, shape.hidden, dtype=torch.bfloat16, device=_CUDA)
 
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import torch
@@ -35,7 +35,7 @@ from benchmarks.peer import run_auto_round, synchronize
 from benchmarks.provenance import RESULTS, write_result
 from benchmarks.shapes import SHAPES, BlockShape
 from calibrate.blocks import capture_inputs, copy_arguments, find_blocks, run_block, to_device
-from calibrate.config import RECIPES, Recipe
+from calibrate.config import RECIPES, Precision, Recipe
 from calibrate.plan import compute_dtype, resolve_device
 from calibrate.workbench import WorkingBlock
 from vllm_autoround.format.reader import dequantized_state_dict
@@ -145,7 +145,13 @@ class Race:
 def main() -> int:
     args = _parse()
     device = resolve_device(args.device)
-    recipes = {name: _scaled(RECIPES[name], args) for name in args.recipes}
+    recipes = {
+        name if precision == "bf16" else f"{name} {precision}": _scaled(
+            replace(RECIPES[name], tuning_precision=precision), args
+        )
+        for precision in args.precisions
+        for name in args.recipes
+    }
     peer = _scaled(_PEER, args)
     samples = _random_tokens(args.nsamples, args.seqlen)
     rows = []
@@ -333,6 +339,9 @@ def _parse() -> argparse.Namespace:
         choices=[name for name, recipe in RECIPES.items() if recipe.iters],
         metavar="NAME",
         help="of ours (default: fast default autoround)",
+    )
+    what.add_argument(
+        "--precisions", nargs="+", default=["bf16"], choices=get_args(Precision), help="of our steps (default: bf16)"
     )
     what.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True, help="measure auto-round too")
     what.add_argument("--shape", default="llama-3-8b", choices=SHAPES, help="default: %(default)s")

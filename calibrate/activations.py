@@ -1,11 +1,11 @@
-"""What goes into the linear layers of a block: its statistics, and its quantization while a block is tuned."""
+"""What goes into the linear layers of a block: its statistics, and how it is to be quantized."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,36 +111,13 @@ def quantized_inputs_of(
     inputs = {}
     for group in fused_groups(name for name, scheme in schemes.items() if scheme.activations is not None):
         amax = torch.stack([statistics[name].amax for name in group]).amax()
+        # One tensor for all that share it: they then quantize the same input once.
+        scales = {kind: kind.calibrated(amax) for kind in {schemes[name].activations for name in group} if kind}
         for name in group:
             activations = schemes[name].activations
             assert activations is not None
-            inputs[name] = QuantizedInput(activations, activations.calibrated(amax))
+            inputs[name] = QuantizedInput(activations, scales[activations])
     return inputs
-
-
-@contextmanager
-def quantized_inputs(block: nn.Module, inputs: Mapping[str, QuantizedInput]) -> Iterator[None]:
-    """Quantize the inputs of these layers inside the context; gradients pass straight through."""
-
-    def quantize(name: str, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            values = inputs[name].type.fake_quantize(x, inputs[name].scale).to(x.dtype)
-        return cast(Tensor, _StraightThrough.apply(x, values))
-
-    with _before_layers(block, dict.fromkeys(inputs, quantize)):
-        yield
-
-
-class _StraightThrough(torch.autograd.Function):
-    """The second argument, with the gradient of the first."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor) -> Tensor:
-        return values
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad, None
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,8 +16,16 @@ class NonFiniteError(RuntimeError):
 
 
 @torch.no_grad()
-def advance(block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> None:
+def advance(
+    block: nn.Module,
+    hidden: Tensor,
+    arguments: dict[str, Any],
+    forward: Callable[[nn.Module, Tensor, dict[str, Any]], Tensor] = run_block,
+) -> None:
     """Replace the block's input [S, T, H] by its output, in place, in large batches.
+
+    Args:
+        forward: `run_block` or a compiled version of it.
 
     Raises:
         NonFiniteError: an output that is not finite; names the first layer that made one.
@@ -24,7 +33,7 @@ def advance(block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> None
     device = next(block.parameters()).device
     for part in token_parts(hidden):
         inputs = part.to(device)
-        output = run_block(block, inputs, arguments)
+        output = forward(block, inputs, arguments)
         if not output.isfinite().all():
             raise NonFiniteError(f"{first_non_finite(block, inputs, arguments)} gives a value that is not finite")
         part.copy_(output)

@@ -12,7 +12,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
 
-from calibrate.config import DEFAULT_DATASET, RECIPES, CalibrationConfig, CalibrationError, KVCache, Optimizer
+from calibrate.config import (
+    DEFAULT_DATASET,
+    RECIPES,
+    CalibrationConfig,
+    CalibrationError,
+    KVCache,
+    Optimizer,
+    Precision,
+)
 from calibrate.formats import FORMATS, subfolder
 from vllm_autoround.format.errors import ManifestError, SchemeError
 
@@ -127,6 +135,11 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
         help="sign of the gradient's running mean, or AdamW, which does not use --momentum",
     )
     how.add_argument(
+        "--tuning-precision",
+        choices=get_args(Precision),
+        help="of the matrix products in a step; fp8 needs a GPU that has it (Hopper, Ada, Blackwell)",
+    )
+    how.add_argument(
         "--scale-search", action=argparse.BooleanOptionalAction, help="start from the best scales of a grid"
     )
     how.add_argument(
@@ -172,6 +185,11 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     )
     where = parser.add_argument_group("where")
     where.add_argument("--device", default=defaults.device, help="auto, cpu, cuda, cuda:1 ... (default: %(default)s)")
+    where.add_argument(
+        "--torch-compile",
+        action=argparse.BooleanOptionalAction,
+        help="compile the blocks (default: on a GPU, where they are large enough to pay for it)",
+    )
     where.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
 
 

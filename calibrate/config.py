@@ -19,6 +19,7 @@ IGNORE = "ignore"  # the scheme of a layer that stays as it is
 Dataset = str | Sequence[str] | Sequence[Sequence[int]]
 KVCache = Literal["fp8", "fp8_per_head"]
 Optimizer = Literal["signsgd", "adamw"]
+Precision = Literal["bf16", "fp8"]
 
 
 class CalibrationError(ValueError):
@@ -37,6 +38,7 @@ class Recipe:
     scale_lr: float = 1.0  # of the scales, relative to lr
     momentum: float = 0.0  # share of the running mean of the gradients that a step keeps
     optimizer: Optimizer = "signsgd"  # adamw: with torch's betas, not ``momentum``
+    tuning_precision: Precision = "bf16"  # of the matrix products in a step, forward and backward
     scale_search: bool = False  # start from the best scales of a grid; else from the full range
     kl_last_block: bool = False  # tune the last block on the model's output distribution; else on its hidden states
     gptq: bool = False  # without steps: round by GPTQ and coordinate descent; else to nearest
@@ -93,11 +95,13 @@ class CalibrationConfig:
     scale_lr: float | None = None
     momentum: float | None = None
     optimizer: Optimizer | None = None
+    tuning_precision: Precision | None = None
     scale_search: bool | None = None
     kl_last_block: bool | None = None
     gptq: bool | None = None
     gradient_accumulate_steps: int = 1
     device: str = "auto"
+    torch_compile: bool | None = None  # compile the blocks; None: on a GPU, where they are large enough to pay for it
     seed: int = 42
     format: str | Iterable[str] = "compressed-tensors"
     trust_remote_code: bool = False
@@ -144,6 +148,8 @@ class CalibrationConfig:
         known = [("recipe", self.recipe, RECIPES), *(("format", name, FORMATS) for name in self.formats)]
         if self.kv_cache is not None:
             known.append(("kv-cache", self.kv_cache, get_args(KVCache)))
+        if self.tuning_precision is not None:
+            known.append(("tuning-precision", self.tuning_precision, get_args(Precision)))
         if self.optimizer is not None:
             known.append(("optimizer", self.optimizer, get_args(Optimizer)))
         return [

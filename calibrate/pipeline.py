@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from calibrate.activations import InputStatistics, observe_inputs, quantized_inputs_of
+from calibrate.background import Background
 from calibrate.blocks import Block, capture_inputs, masked_parts
 from calibrate.chain import NonFiniteError, advance
 from calibrate.checkpoint import CheckpointWriter
@@ -30,6 +32,8 @@ from calibrate.tuning import TunedBlock, mean_squared_error, tune_block
 from calibrate.workbench import Workbench, WorkingBlock
 from vllm_autoround.format.scheme import QuantScheme
 from vllm_autoround.format.weights import QuantizedWeight
+
+_IMPORTANCE_TOKENS = 32_768
 
 
 def calibrate(model: str | Path, out: str | Path, **settings: Any) -> dict[str, Any]:
@@ -54,11 +58,12 @@ def calibrate(model: str | Path, out: str | Path, **settings: Any) -> dict[str, 
         torch.cuda.set_device(plan.device)  # streams, graphs and Triton kernels go to the current one
     outside = quantize_embedding(source.model, plan, config)
     original, quantized, arguments = _block_inputs(source.model, plan, outside)
-    bench = Workbench(plan.device, plan.compute_dtype)
+    bench = Workbench(plan.device, plan.compute_dtype, compile=config.torch_compile)
 
     with (
         CheckpointWriter(plan.out, source, plan.blocks, plan.manifest, config.formats) as writer,
         progress_bars(len(plan.blocks), config.tuning) as progress,
+        Background(plan.device) as background,
     ):
         for index, block in enumerate(plan.blocks):
             block_watch, clock = Stopwatch(), Clock(plan.device)
@@ -78,7 +83,7 @@ def calibrate(model: str | Path, out: str | Path, **settings: Any) -> dict[str, 
             except NonFiniteError as error:
                 raise NonFiniteError(f"{block.name}: {error}") from error
             with clock.phase("write"):
-                writer.write_block(index, tuned.weights, scales)
+                background.submit(partial(writer.write_block, index, tuned.weights, scales))
             reports.append(
                 BlockReport(
                     name=block.name,
@@ -97,6 +102,7 @@ def calibrate(model: str | Path, out: str | Path, **settings: Any) -> dict[str, 
             progress.finish_block(reports[-1])
             del tuned, loss, working  # off the device before the next block comes
 
+        background.wait()
         del bench  # with what it keeps of the last block
         heads, scales = quantize_heads(source.model, plan, config, quantized)
         writer.write_outside({**outside, **heads}, scales)
@@ -152,7 +158,7 @@ def _calibrate_block(
     """Tune one block and advance both chains, [S, T, H], through it, in place; with its activation and KV scales."""
     schemes = plan.schemes(block)
     with clock.phase("original chain"):
-        advance(working.module, original, working.arguments)
+        working.advance(original)
     with clock.phase("statistics"):  # on the quantized chain: what the layers will be fed when they are served
         statistics = _statistics(working, schemes, quantized, plan, config.tuning)
     inputs = quantized_inputs_of(schemes, statistics)
@@ -173,7 +179,7 @@ def _calibrate_block(
             clock=clock,
         )
         with clock.phase("quantized chain"):
-            scales = _advance_quantized(working.module, quantized, working.arguments, block.name, plan)
+            scales = _advance_quantized(working, quantized, block.name, plan)
     scales |= {
         f"{block.name}.{name}.{made.type.static}": made.scale.cpu()
         for name, made in inputs.items()
@@ -189,6 +195,11 @@ def _statistics(
     activations; everything else over those that are not held out."""
     needed = [name for name, s in schemes.items() if recipe.scale_search or recipe.gptq or s.activations is not None]
     first = len(quantized) - plan.heldout
+    if not recipe.gptq and all(scheme.activations is None for scheme in schemes.values()):
+        # Which input features weigh how much shows in a part of the tokens.
+        few = slice(min(first, -(-_IMPORTANCE_TOKENS // quantized.shape[1])))
+        real = None if plan.real is None else plan.real[few]
+        return observe_inputs(working.module, needed, quantized[few], working.arguments, real=real)
 
     def observe(samples: slice, second_moments: bool) -> dict[str, InputStatistics]:
         real = None if plan.real is None else plan.real[samples]
@@ -214,17 +225,15 @@ def _place(original: Tensor, quantized: Tensor, device: torch.device) -> tuple[T
     return original.pin_memory(), quantized.pin_memory()
 
 
-def _advance_quantized(
-    module: nn.Module, hidden: Tensor, arguments: dict[str, Any], name: str, plan: Plan
-) -> dict[str, Tensor]:
+def _advance_quantized(working: WorkingBlock, hidden: Tensor, name: str, plan: Plan) -> dict[str, Tensor]:
     """Run the quantized block over its inputs [S, T, H], in place; the KV-cache scales seen on the way."""
     if plan.manifest.kv_cache is None:
-        advance(module, hidden, arguments)
+        working.advance(hidden)
         return {}
-    with observed(module) as ranges:
+    with observed(working.module) as ranges:
         for part, ranges.real in masked_parts(hidden, plan.real):
-            advance(module, part, arguments)
-    return ranges.scales(module, name, per_head=plan.manifest.kv_cache == "fp8_per_head")
+            advance(working.module, part, working.arguments)
+    return ranges.scales(working.module, name, per_head=plan.manifest.kv_cache == "fp8_per_head")
 
 
 def _settings(config: CalibrationConfig) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from vllm_autoround.format.manifest import Manifest
 from vllm_autoround.format.scheme import QuantScheme
 
 _DISK_RESERVE = 64 << 20  # bytes beyond the checkpoint itself
+_FP8_CAPABILITY = (8, 9)  # of a GPU
 _TUNED_ON = 15  # samples for each one that is held out
 
 
@@ -77,6 +78,7 @@ def make_plan(source: Source, out: Path, config: CalibrationConfig) -> Plan:
     device, samples, real = torch.device("cpu"), torch.empty(0), None
     try:
         device = resolve_device(config.device)
+        problems += _precision_problems(config.tuning.tuning_precision, device, source.model.dtype)
     except CalibrationError as error:
         problems.append(str(error))
     try:
@@ -158,8 +160,9 @@ def _layer_problems(schemes: Mapping[str, QuantScheme], layers: Mapping[str, nn.
             scheme.check_layer(name, rows, columns)
         except SchemeError as error:
             yield str(error)
-        if isinstance(layers[name], nn.Embedding) and scheme.activations is not None:
-            yield f"{name} is an embedding, whose input is no activation; use a scheme with 16-bit activations for it"
+        if scheme.activations is not None and type(layers[name]) is not nn.Linear:
+            what = type(layers[name]).__name__
+            yield f"{name} is a {what}, whose input cannot be quantized; use a scheme with 16-bit activations for it"
 
 
 def _load_samples(source: Source, config: CalibrationConfig) -> tuple[Tensor, Tensor | None]:
@@ -206,6 +209,16 @@ def _setting_problems(source: Source, config: CalibrationConfig) -> list[str]:
             "on; lower it, or raise nsamples"
         )
     return problems
+
+
+def _precision_problems(precision: str, device: torch.device, model_dtype: torch.dtype) -> list[str]:
+    if precision == "bf16":
+        return []
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < _FP8_CAPABILITY:
+        return [f"{device} has no FP8 matrix products (Ada, Hopper and Blackwell have); use --tuning-precision bf16"]
+    if model_dtype == torch.float32:
+        return ["a float32 model is tuned in float32; use --tuning-precision bf16"]
+    return []
 
 
 def _output_problems(source: Source, out: Path, *, copies: int) -> list[str]:

@@ -9,20 +9,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from calibrate.blocks import run_block
 from calibrate.layer_state import LayerState
+from calibrate.workbench import WorkingBlock
 
 # Output and target [B, T, H], and which tokens count [B, T] bool, None if all do -> mean over them, scalar float32.
 Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
-# For measurements.
-GRAPHED = True  # where every layer can be recorded
-COMPILED = False  # torch.compile the block
+GRAPHED = True  # where every layer can be recorded; False for measurements
 
 _WARM_UPS = 3  # steps before recording: kernels are compiled, libraries get their workspaces
 _AHEAD = 4  # steps that the host may be ahead of the device, so that progress can be shown and nothing waits
@@ -33,8 +31,7 @@ class Steps:
 
     def __init__(
         self,
-        module: nn.Module,
-        arguments: dict[str, Any],
+        working: WorkingBlock,
         layers: Sequence[LayerState],
         inputs: Tensor,
         outputs: Tensor,
@@ -48,10 +45,8 @@ class Steps:
             real: [S, T] bool on the device, the tokens that count; None: all.
             shape: steps, batches a step, samples a batch.
         """
-        device = next(module.parameters()).device
-        self._module, self._arguments, self._layers, self._loss = module, arguments, layers, loss
-        self._real = real
-        self._forward = torch.compile(run_block, dynamic=False) if COMPILED else run_block
+        device = working.device
+        self._working, self._layers, self._loss, self._real = working, layers, loss, real
         self._step = torch.zeros(1, dtype=torch.long, device=device)
         self._order = torch.zeros(shape, dtype=torch.long, device=device)
         self._rates = torch.zeros(shape[0], 2, device=device)
@@ -105,8 +100,7 @@ class Steps:
     def _one_step(self) -> None:
         for batch, share in enumerate(self._shares()):
             inputs, targets = self._feed.batch(batch)
-            output = self._forward(self._module, inputs, self._arguments)
-            error = self._loss(output, targets, self._counted(batch)) * share
+            error = self._loss(self._working.run(inputs), targets, self._counted(batch)) * share
             error.backward()
             self.losses.index_add_(0, self._step, error.detach().reshape(1))
         rate = self._rates.index_select(0, self._step)[0]
@@ -141,7 +135,8 @@ class Steps:
         torch.cuda.current_stream().wait_stream(stream)
         self._step.zero_()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # The last block's thread may be writing, and copy from the device meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._one_step()
         return graph
 

@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calibrate.activations import InputStatistics
-from calibrate.chain import NonFiniteError, advance, first_non_finite, relative_distance
+from calibrate.chain import NonFiniteError, first_non_finite, relative_distance
 from calibrate.clock import Clock
 from calibrate.config import Recipe
 from calibrate.gptq import gptq
 from calibrate.layer_schemes import fused_groups
 from calibrate.layer_state import LayerReport, LayerState
+from calibrate.linear import fp8_matmuls
 from calibrate.rounding import OFFSET_UNIT, Rounding, Target, freeze, targets
 from calibrate.scale_search import MOST_CLIP, search_scales
 from calibrate.steps import Loss, Steps
@@ -91,7 +92,6 @@ def tune_block(
     Raises:
         NonFiniteError: a loss, gradient or scale that is not finite.
     """
-    module, arguments = working.module, working.arguments
     judges = slice(len(inputs) - heldout if heldout else 0, None)
 
     def judge() -> Verdict:
@@ -101,7 +101,7 @@ def tune_block(
     if not schemes:
         start = judge()
         return TunedBlock({}, {}, start, start, kept_start=False, final_loss=None)
-    module.requires_grad_(False)
+    working.module.requires_grad_(False)
     with clock.phase("scale search"):
         starts = _starts(working, schemes, statistics, recipe)
     shape = (recipe.iters, accumulate, recipe.batch_size)
@@ -109,12 +109,12 @@ def tune_block(
         layers, steps = _set_up(working, schemes, starts, inputs, outputs, real, recipe, shape, loss)
     start = judge()
     if not isfinite(start.loss):
-        advance(module, inputs[judges].clone(), arguments)  # names the layer
+        working.advance(inputs[judges].clone())  # names the layer
         raise NonFiniteError(f"the loss of the rounded block is {start.loss}")
 
     final_loss, values = None, dict[str, Tensor]()
     if recipe.iters:
-        with clock.phase("steps"):
+        with clock.phase("steps"), fp8_matmuls(working.module, wanted=recipe.tuning_precision == "fp8"):
             steps.run(_order(len(inputs) - heldout, shape, generator), _rates(recipe), on_step)
             final_loss = _last_loss(steps, working, inputs)
     if recipe.gptq:
@@ -174,7 +174,7 @@ def _judge(working: WorkingBlock, inputs: Tensor, outputs: Tensor, real: Tensor 
     """The block as it is, given its inputs and what should come out, [S, T, H]; NaN if its output is not finite."""
     made = inputs.clone()
     try:
-        advance(working.module, made, working.arguments)
+        working.advance(made)
     except NonFiniteError:
         return Verdict(nan, nan)
     masks = [None] * len(made) if real is None else real.split(1)
@@ -224,7 +224,7 @@ def _set_up(
         modules = {name: cast(nn.Linear, working.module.get_submodule(name)) for name in schemes}
         layers = {name: LayerState(modules[name], *starts[name], recipe, most_clip) for name in schemes}
         states = list(layers.values())
-        return layers, Steps(working.module, working.arguments, states, inputs, outputs, real, loss, shape)
+        return layers, Steps(working, states, inputs, outputs, real, loss, shape)
 
     # What steps cannot be told again. They hold on to samples and loss, so no other can have the address of these.
     samples = (inputs.data_ptr(), inputs.shape, outputs.data_ptr(), None if real is None else real.data_ptr())

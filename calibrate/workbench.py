@@ -16,21 +16,34 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from calibrate.activations import QuantizedInput, quantized_inputs
-from calibrate.blocks import Block, copy_arguments, to_device
+from calibrate.activations import QuantizedInput
+from calibrate.blocks import Block, copy_arguments, run_block, to_device
+from calibrate.chain import advance
+from calibrate.compilation import compiled
+from calibrate.linear import make_working, quantized_inputs
 
 _Kept = TypeVar("_Kept")
 
+_COMPILED_WEIGHTS = 100_000_000  # in a block; compiling takes half a minute, and saves the more the larger a block is
 _MAKES = 2  # remembered at once: models that alternate between two kinds of attention have as many
 
 
 class WorkingBlock:
     """A module on the device with the values of one of the model's blocks, and what belongs to it."""
 
-    def __init__(self, block: Block, arguments: dict[str, Any], device: torch.device, dtype: torch.dtype) -> None:
-        self.module = to_device(block, device, dtype)
+    def __init__(
+        self,
+        block: Block,
+        arguments: dict[str, Any],
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        compile: bool = False,
+    ) -> None:
+        self.module = make_working(to_device(block, device, dtype))
         self.arguments = copy_arguments(arguments, device)  # what its forward takes beside the hidden states
         self.originals: dict[str, Tensor] = {}  # weight [N, K] of each linear layer as loaded, on the device
+        self._forward = compiled(run_block) if compile else run_block
         self._kept: tuple[Any, Any] | None = None  # key and value
         self._scales: dict[str, Tensor] = {}  # static ones of the layers' inputs
         self._load_originals(block)
@@ -39,6 +52,14 @@ class WorkingBlock:
     def device(self) -> torch.device:
         """Where everything of it is."""
         return next(self.module.parameters()).device
+
+    def run(self, hidden: Tensor) -> Tensor:
+        """hidden [B, T, H] -> [B, T, H]; compiled code, if any, does not see hooks."""
+        return self._forward(self.module, hidden, self.arguments)
+
+    def advance(self, hidden: Tensor) -> None:
+        """`calibrate.chain.advance` through this block."""
+        advance(self.module, hidden, self.arguments, self._forward)
 
     @torch.no_grad()
     def load(self, block: Block, arguments: dict[str, Any]) -> None:
@@ -60,14 +81,20 @@ class WorkingBlock:
 
     @contextmanager
     def quantized_inputs(self, inputs: Mapping[str, QuantizedInput]) -> Iterator[None]:
-        """`calibrate.activations.quantized_inputs`, with static scales in memory that stays where it is."""
-        with quantized_inputs(self.module, {name: self._held(name, made) for name, made in inputs.items()}):
+        """`calibrate.linear.quantized_inputs`, with static scales in memory that stays where it is."""
+        with quantized_inputs(self.module, self._held(inputs)):
             yield
 
-    def _held(self, name: str, made: QuantizedInput) -> QuantizedInput:
-        if made.scale is None:
-            return made
-        return QuantizedInput(made.type, self._scales.setdefault(name, made.scale.clone()).copy_(made.scale))
+    def _held(self, inputs: Mapping[str, QuantizedInput]) -> dict[str, QuantizedInput]:
+        """The same, with the values of scales in our tensors; layers that share one go on to do so."""
+        held: dict[int, Tensor] = {}
+        for name, made in inputs.items():
+            if made.scale is not None and id(made.scale) not in held:
+                held[id(made.scale)] = self._scales.setdefault(name, made.scale.clone()).copy_(made.scale)
+        return {
+            name: made if made.scale is None else QuantizedInput(made.type, held[id(made.scale)])
+            for name, made in inputs.items()
+        }
 
     def _load_originals(self, block: Block) -> None:
         for name, layer in block.linears().items():
@@ -81,8 +108,11 @@ class WorkingBlock:
 class Workbench:
     """Loads blocks, into the memory of earlier ones where that is possible."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self._device, self._dtype = device, dtype
+    def __init__(self, device: torch.device, dtype: torch.dtype, *, compile: bool | None = None) -> None:
+        """Args:
+        compile: run compiled blocks; None: on a GPU, those large enough to pay for it.
+        """
+        self._device, self._dtype, self._compile = device, dtype, compile
         # Oldest use first.
         self._made: dict[Any, WorkingBlock] = {}
 
@@ -95,9 +125,15 @@ class Workbench:
         else:
             if len(self._made) == _MAKES:
                 self._made.pop(next(iter(self._made)))  # the one that was not used for longest
-            working = WorkingBlock(block, arguments, self._device, self._dtype)
+            working = WorkingBlock(block, arguments, self._device, self._dtype, compile=self._compiles(block))
         self._made[make] = working
         return working
+
+    def _compiles(self, block: Block) -> bool:
+        if self._compile is not None:
+            return self._compile
+        weights = sum(layer.weight.numel() for layer in block.linears().values())
+        return self._device.type == "cuda" and weights >= _COMPILED_WEIGHTS
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from calibrate.activations import observe_inputs, quantized_inputs_of
 from calibrate.blocks import Block, capture_inputs, find_blocks
-from calibrate.chain import advance, relative_distance
+from calibrate.chain import relative_distance
 from calibrate.clock import Clock
 from calibrate.config import Recipe
 from calibrate.tail import ModelTail
@@ -46,6 +46,7 @@ def tune_in_turn(
     together: bool = True,
     pinned: bool = False,
     accumulate: int = 1,
+    compile: bool = False,
     heldout: int = 0,
     real: Tensor | None = None,
 ) -> Tuned:
@@ -55,11 +56,11 @@ def tune_in_turn(
     original, quantized = (
         captured.hidden.clone().pin_memory() if pinned else captured.hidden.to(place, copy=True) for _ in range(2)
     )
-    shared, results, errors = Workbench(place, dtype), [], []
+    shared, results, errors = Workbench(place, dtype, compile=compile), [], []
     for index, block in enumerate(blocks):
-        bench = shared if together else Workbench(place, dtype)
+        bench = shared if together else Workbench(place, dtype, compile=compile)
         working = bench.load(block, captured.arguments[index])
-        advance(working.module, original, working.arguments)
+        working.advance(original)
         schemes = schemes_of(index, block)
         statistics = observe_inputs(
             working.module, schemes, quantized, working.arguments, real=real, second_moments=recipe.gptq
@@ -82,7 +83,7 @@ def tune_in_turn(
                 clock=Clock(place),
                 loss=ModelTail(model, blocks, place, dtype).divergence if divergence else mean_squared_error,
             )
-            advance(working.module, quantized, working.arguments)
+            working.advance(quantized)
         results.append(tuned)
         errors.append(relative_distance(quantized, original))
     return Tuned(results, errors)

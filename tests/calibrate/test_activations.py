@@ -5,8 +5,9 @@ import torch
 import transformers as tf
 
 from calibrate import blocks as blocks_module
-from calibrate.activations import InputStatistics, QuantizedInput, observe_inputs, quantized_inputs, quantized_inputs_of
+from calibrate.activations import InputStatistics, QuantizedInput, observe_inputs, quantized_inputs_of
 from calibrate.blocks import capture_inputs, find_blocks, run_block
+from calibrate.linear import make_working, quantized_inputs
 from tests.calibrate.conftest import COMMON, make_model
 from vllm_autoround.format import activations
 from vllm_autoround.format.scheme import QuantScheme
@@ -52,7 +53,7 @@ def test_fused_layers_share_their_scalar_and_others_have_their_own() -> None:
 
 
 def test_inputs_are_quantized_inside_the_context_only_and_gradients_pass() -> None:
-    block = torch.nn.Sequential(torch.nn.Linear(32, 16, bias=False))
+    block = make_working(torch.nn.Sequential(torch.nn.Linear(32, 16, bias=False)))
     x = torch.randn(4, 32, requires_grad=True)
     kind = activations.FP8_TENSOR
     scale = kind.calibrated(x.detach().abs().amax() / 2)  # half of the values' range saturates

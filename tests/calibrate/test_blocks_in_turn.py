@@ -35,9 +35,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Counted:
     counted = Counted()
 
     class CountedBlock(workbench.WorkingBlock):
-        def __init__(self, *args: object) -> None:
+        def __init__(self, *args: object, **settings: object) -> None:
             counted.blocks += 1
-            super().__init__(*args)
+            super().__init__(*args, **settings)
 
     class CountedSteps(Steps):
         def __init__(self, *args: object) -> None:

@@ -31,6 +31,7 @@ def tune(
     pinned: bool = False,
     together: bool = True,
     accumulate: int = 1,
+    compile: bool = False,
 ) -> Tuned:
     config = tf.LlamaConfig(**{**COMMON, "hidden_size": 128, "intermediate_size": 256, "head_dim": 32})
     config._attn_implementation = attention
@@ -44,6 +45,7 @@ def tune(
         together=together,
         pinned=pinned,
         accumulate=accumulate,
+        compile=compile,
     )
 
 
@@ -106,8 +108,17 @@ def test_divergence_of_the_logits_can_be_recorded(
     assert_same(recorded, tune("W3A16G32", recipe=recipe, together=False))
 
 
-@pytest.mark.parametrize("scheme", ["W3A16G32", "NVFP4"])
-def test_a_compiled_block_tunes_as_well(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("scheme", ["W3A16G32", "NVFP4", "FP8_STATIC"])
+def test_a_compiled_block_tunes_as_well(scheme: str) -> None:
     errors = tune(scheme, attention="sdpa").errors
-    monkeypatch.setattr(steps, "COMPILED", True)
-    assert tune(scheme, attention="sdpa").errors == pytest.approx(errors, rel=0.1)
+    assert tune(scheme, attention="sdpa", compile=True).errors == pytest.approx(errors, rel=0.1)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("scheme", ["W3A16G32", "NVFP4"])
+def test_matrix_products_in_fp8_tune_as_well(scheme: str, compile: bool) -> None:
+    errors = tune(scheme, attention="sdpa").errors
+    recipe = replace(RECIPE, tuning_precision="fp8")
+    in_fp8 = tune(scheme, attention="sdpa", recipe=recipe, compile=compile)
+    assert in_fp8.errors == pytest.approx(errors, rel=0.1)
+    assert in_fp8.errors != errors

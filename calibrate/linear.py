@@ -1,0 +1,94 @@
+"""The linear layers of a block that is worked on: they can quantize their input, and multiply in FP8.
+
+Both are plain attributes that a forward looks at, and not hooks, so that torch.compile sees them change. Compiled,
+layers with the same input and the same scale, such as q, k and v, quantize it once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from calibrate.activations import QuantizedInput
+from calibrate.fp8_matmul import fp8_linear
+
+
+class WorkingLinear(nn.Linear):
+    """What `make_working` makes of a layer [N, K]."""
+
+    quantized_input: QuantizedInput | None = None  # gradients pass straight through
+    multiplies_in_fp8 = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input [..., K] -> [..., N]."""
+        if self.quantized_input is not None:
+            input = _fake_quantize(input, self.quantized_input)
+        return (fp8_linear if self.multiplies_in_fp8 else F.linear)(input, self.weight, self.bias)
+
+
+def make_working(module: nn.Module) -> nn.Module:
+    """Turn every plain linear layer of ``module`` into a `WorkingLinear`, in place."""
+    for part in module.modules():
+        if type(part) is nn.Linear:
+            part.__class__ = WorkingLinear
+    return module
+
+
+@contextmanager
+def quantized_inputs(module: nn.Module, inputs: Mapping[str, QuantizedInput]) -> Iterator[None]:
+    """Quantize the inputs of these layers of ``module`` inside the context.
+
+    Raises:
+        TypeError: a layer that is no `WorkingLinear`.
+    """
+    layers = {name: _layer(module, name) for name in inputs}
+    for name, layer in layers.items():
+        layer.quantized_input = inputs[name]
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            layer.quantized_input = None
+
+
+@contextmanager
+def fp8_matmuls(module: nn.Module, *, wanted: bool = True) -> Iterator[None]:
+    """Multiply in FP8, forward and backward, inside the context, where shapes allow it."""
+    layers = [part for part in module.modules() if isinstance(part, WorkingLinear)]
+    for layer in layers:
+        layer.multiplies_in_fp8 = wanted and all(size % 16 == 0 for size in layer.weight.shape)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.multiplies_in_fp8 = False
+
+
+def _layer(module: nn.Module, name: str) -> WorkingLinear:
+    layer = module.get_submodule(name)
+    if not isinstance(layer, WorkingLinear):
+        raise TypeError(f"{name} is a {type(layer).__name__}, whose input cannot be quantized")
+    return layer
+
+
+def _fake_quantize(x: Tensor, how: QuantizedInput) -> Tensor:
+    with torch.no_grad():
+        values = how.type.fake_quantize(x, how.scale).to(x.dtype)
+    return _StraightThrough.apply(x, values)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The second argument, with the gradient of the first."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor) -> Tensor:
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
