@@ -22,9 +22,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 _SUFFIXES = (".txt", ".py", ".md", ".rst")
-_MOST_CODE = 1 << 20  # bytes of a .py file: larger ones are tables
+_MOST_CODE = 1 << 20  # characters of a .py file: larger ones are tables
 _HELD_OUT = 50  # one document in so many
-_TOKENIZER_CHARACTERS = 20_000_000  # more changes little and takes longer
+_TOKENIZER_CHARACTERS = 10_000_000  # 16 s on two cores
 _EOS = "<|end of document|>"  # not "</s>" or the like, which Python packages have in their text
 
 
@@ -97,19 +97,23 @@ def _first(texts: list[str], characters: int) -> Iterator[str]:
 
 
 def _walk(source: Path) -> Iterator[Path]:
-    """The file itself, or what is readable as text in the folder and below it."""
+    """The file itself, or every file of text in the folder and below it.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    if not source.exists():
+        raise ValueError(f"{source} does not exist")
     if source.is_file():
         yield source
     for folder, _, names in os.walk(source):
         for name in names:
-            path = Path(folder, name)
-            text = name.endswith(".jsonl.gz") or name.removesuffix(".gz").endswith(_SUFFIXES)
-            if text and path.is_file() and (path.suffix != ".py" or path.stat().st_size <= _MOST_CODE):
-                yield path
+            if name.endswith(".jsonl.gz") or name.removesuffix(".gz").endswith(_SUFFIXES):
+                yield Path(folder, name)
 
 
 def _read(path: Path) -> list[str]:
-    """The texts in a file; none if it is not UTF-8.
+    """The texts in a file; none if it is not UTF-8, a link to nothing, or a table.
 
     Raises:
         ValueError: a line of a .jsonl.gz without a 'text'.
@@ -118,7 +122,9 @@ def _read(path: Path) -> list[str]:
     try:
         with opener(path, "rt", encoding="utf-8") as file:
             content = file.read()
-    except UnicodeDecodeError:
+    except (UnicodeDecodeError, FileNotFoundError):
+        return []
+    if path.suffix == ".py" and len(content) > _MOST_CODE:
         return []
     if not path.name.endswith(".jsonl.gz"):
         return [content]

@@ -37,7 +37,7 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor
     """Token ids [T] int32 of all texts, each with EOS behind it."""
     parts = []
     for begin in range(0, len(texts), _CHUNK):
-        for encoding in tokenizer.backend_tokenizer.encode_batch(texts[begin : begin + _CHUNK]):
+        for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts[begin : begin + _CHUNK]):
             parts.append(np.asarray([*encoding.ids, tokenizer.eos_token_id], dtype=np.int32))
     return torch.from_numpy(np.concatenate(parts))
 

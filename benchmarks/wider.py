@@ -179,7 +179,7 @@ def _trained_model(work: Path, args: argparse.Namespace, device: torch.device) -
         ValueError: the one that is there was trained with other options.
     """
     options = {name: getattr(args, name) for name in _MODEL_OPTIONS}
-    options["text"] = [str(path) for path in args.text]
+    options["text"] = [path.name for path in args.text] if args.text else "of the installed Python"
     figures_file = work / "training.json"
     if figures_file.exists():
         figures: dict[str, Any] = json.loads(figures_file.read_text(encoding="utf-8"))
@@ -187,7 +187,7 @@ def _trained_model(work: Path, args: argparse.Namespace, device: torch.device) -
             raise ValueError(f"{work} has a model trained with other options: {figures['options']}")
         return figures
     begin = time.perf_counter()
-    corpus = read_corpus(args.text, megabytes=args.megabytes, seed=_SEED)
+    corpus = read_corpus(args.text or installed_text(), megabytes=args.megabytes, seed=_SEED)
     tokenizer = train_tokenizer(corpus.training, args.vocabulary)
     with gzip.open(_new(work / "heldout.txt.gz"), "wt", encoding="utf-8") as file:
         file.write(tokenizer.eos_token.join(corpus.heldout))
@@ -272,14 +272,14 @@ def _table(rows: list[Row], training: dict[str, Any]) -> str:
         f"{training['parameters'] / 1e6:.1f} M parameters, {training['tokens'] / 1e6:.1f} M tokens "
         f"({training['distinct_tokens'] / 1e6:.1f} M distinct), final loss {training['loss']:.3f}"
     )
-    head = f"{'scheme':<12}{'weights':<30}{'seed':>6}{'ppl':>10}{'seconds':>9}"
+    head = f"{'scheme':<12}{'weights':<40}{'seed':>6}{'ppl':>10}{'seconds':>9}"
     return "\n".join([trained, head, *map(_line, rows)])
 
 
 def _line(row: Row) -> str:
     seed = "-" if row.seed is None else row.seed
     seconds = "-" if row.seconds is None else f"{row.seconds:.1f}"
-    return f"{row.scheme:<12}{row.weights:<30}{seed:>6}{row.ppl:>10.4f}{seconds:>9}"
+    return f"{row.scheme:<12}{row.weights:<40}{seed:>6}{row.ppl:>10.4f}{seconds:>9}"
 
 
 def _forget() -> None:
@@ -297,7 +297,6 @@ def _parse() -> argparse.Namespace:
         "--text",
         type=Path,
         nargs="+",
-        default=installed_text(),
         metavar="PATH",
         help="files, or folders of .txt, .py, .md, .rst (plain or .gz) and .jsonl.gz with 'text' (default: Python's "
         "library and the installed packages)",
