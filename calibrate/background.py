@@ -1,7 +1,8 @@
-"""One thread beside the main one: a block is packed and written while the next one is tuned."""
+"""One thread beside the main one: while a block is tuned, the last one is written and the next one fetched."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -9,13 +10,15 @@ from typing import Any, Self
 
 import torch
 
+_AHEAD = 2  # pieces of work that may be waiting or under way
+
 
 class Background:
-    """Does one piece of work at a time; an error in it is raised by the next call of `submit` or `wait`."""
+    """Does one piece of work after the other; an error in one is raised by a later call of `submit` or `wait`."""
 
     def __init__(self, device: torch.device) -> None:
         self._pool = ThreadPoolExecutor(max_workers=1)
-        self._running: Future[Any] | None = None
+        self._pending: deque[Future[Any]] = deque()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __enter__(self) -> Self:
@@ -29,19 +32,16 @@ class Background:
             self.wait()
 
     def submit(self, work: Callable[[], Any]) -> None:
-        """Wait for the work before, then begin this; it sees what the device has been told so far.
-
-        ``work`` must not leave anything for the device to do when it returns.
-        """
-        self.wait()
+        """Have this done in its turn; it sees what the device has been told so far."""
+        while len(self._pending) >= _AHEAD:
+            self._pending.popleft().result()
         ready = None if self._stream is None else torch.cuda.current_stream().record_event()
-        self._running = self._pool.submit(self._do, work, ready)
+        self._pending.append(self._pool.submit(self._do, work, ready))
 
     def wait(self) -> None:
         """Until nothing is left to do."""
-        running, self._running = self._running, None
-        if running is not None:
-            running.result()
+        while self._pending:
+            self._pending.popleft().result()
 
     def _do(self, work: Callable[[], Any], ready: torch.cuda.Event | None) -> None:
         if self._stream is None or ready is None:

@@ -77,6 +77,8 @@ def calibrate(model: str | Path, out: str | Path, **settings: Any) -> dict[str, 
                         else mean_squared_error
                     )
                     working = bench.load(block, arguments[index])
+                    if not last:
+                        background.submit(partial(bench.fetch, plan.blocks[index + 1]))
                 tuned, scales = _calibrate_block(
                     index, block, working, original, quantized, plan, config, progress.step, loss, clock
                 )

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from calibrate.activations import InputStatistics
 from calibrate.chain import NonFiniteError, first_non_finite, relative_distance
 from calibrate.clock import Clock
+from calibrate.compilation import compiled
 from calibrate.config import Recipe
 from calibrate.gptq import gptq
 from calibrate.layer_schemes import fused_groups
@@ -224,7 +225,8 @@ def _set_up(
         modules = {name: cast(nn.Linear, working.module.get_submodule(name)) for name in schemes}
         layers = {name: LayerState(modules[name], *starts[name], recipe, most_clip) for name in schemes}
         states = list(layers.values())
-        return layers, Steps(working, states, inputs, outputs, real, loss, shape)
+        step_loss = compiled(loss) if working.compiled and loss is mean_squared_error else loss
+        return layers, Steps(working, states, inputs, outputs, real, step_loss, shape)
 
     # What steps cannot be told again. They hold on to samples and loss, so no other can have the address of these.
     samples = (inputs.data_ptr(), inputs.shape, outputs.data_ptr(), None if real is None else real.data_ptr())

@@ -43,6 +43,7 @@ class WorkingBlock:
         self.module = make_working(to_device(block, device, dtype))
         self.arguments = copy_arguments(arguments, device)  # what its forward takes beside the hidden states
         self.originals: dict[str, Tensor] = {}  # weight [N, K] of each linear layer as loaded, on the device
+        self.compiled = compile
         self._forward = compiled(run_block) if compile else run_block
         self._kept: tuple[Any, Any] | None = None  # key and value
         self._scales: dict[str, Tensor] = {}  # static ones of the layers' inputs
@@ -62,11 +63,11 @@ class WorkingBlock:
         advance(self.module, hidden, self.arguments, self._forward)
 
     @torch.no_grad()
-    def load(self, block: Block, arguments: dict[str, Any]) -> None:
-        """Take over the values of a block of the same make."""
-        theirs = dict(_tensors(block.module))
+    def load(self, block: Block, arguments: dict[str, Any], fetched: Mapping[str, Tensor] | None = None) -> None:
+        """Take over the values of a block of the same make; ``fetched`` are its tensors in pinned memory."""
+        theirs = fetched or dict(_tensors(block.module))
         for name, tensor in _tensors(self.module):
-            tensor.data.copy_(theirs[name])
+            tensor.data.copy_(theirs[name], non_blocking=fetched is not None)
         for mine, new in zip(pytree.tree_leaves(self.arguments), pytree.tree_leaves(arguments), strict=True):
             if isinstance(mine, Tensor):
                 mine.copy_(new)
@@ -115,13 +116,23 @@ class Workbench:
         self._device, self._dtype, self._compile = device, dtype, compile
         # Oldest use first.
         self._made: dict[Any, WorkingBlock] = {}
+        self._fetched: tuple[Block, dict[str, Tensor]] | None = None
+
+    def fetch(self, block: Block) -> None:
+        """Copy the block that is loaded next into pinned memory, from where it gets to the device in no time.
+
+        May run in another thread; a block that is not there when it is loaded is taken from where it is.
+        """
+        if self._device.type == "cuda":
+            self._fetched = block, {name: tensor.detach().pin_memory() for name, tensor in _tensors(block.module)}
 
     def load(self, block: Block, arguments: dict[str, Any]) -> WorkingBlock:
         """``block`` ready to run on the device, with what its forward takes beside the hidden states."""
         make = (_make_of_module(block.module), _make_of_arguments(arguments))
+        fetched, self._fetched = self._fetched, None
         if make in self._made:
             working = self._made.pop(make)
-            working.load(block, arguments)
+            working.load(block, arguments, fetched[1] if fetched is not None and fetched[0] is block else None)
         else:
             if len(self._made) == _MAKES:
                 self._made.pop(next(iter(self._made)))  # the one that was not used for longest
