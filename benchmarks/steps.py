@@ -28,8 +28,7 @@ from calibrate.activations import quantized_inputs_of
 from calibrate.blocks import Block, capture_inputs, find_blocks, run_block
 from calibrate.config import Recipe
 from calibrate.layer_state import LayerState
-from calibrate.rounding import Gradients, Rounding, targets
-from calibrate.scale_search import MOST_CLIP
+from calibrate.rounding import MOST_CLIP, Gradients, Rounding, targets
 from calibrate.tuning import _order, _rates, mean_squared_error
 from calibrate.workbench import Workbench, WorkingBlock
 from vllm_autoround.format.scheme import QuantScheme

@@ -45,15 +45,15 @@ def relative_distance(hidden: Tensor, reference: Tensor, real: Tensor | None = N
     Args:
         real: [S, T] bool, the tokens that count; None: all.
     """
-    error = norm = 0.0
+    sums = []
     for sample, (mine, theirs) in enumerate(zip(hidden, reference, strict=True)):
         expected = theirs.to(mine.device).float()
         distance = mine.float() - expected
         if real is not None:
             counted = real[sample].to(mine.device)
             distance, expected = distance[counted], expected[counted]
-        error += distance.square().sum(dtype=torch.float64).item()
-        norm += expected.square().sum(dtype=torch.float64).item()
+        sums.append(torch.stack([part.square().sum(dtype=torch.float64) for part in (distance, expected)]))
+    error, norm = torch.stack(sums).sum(0).tolist()
     return error / norm if error else 0.0
 
 

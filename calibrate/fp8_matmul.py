@@ -1,8 +1,9 @@
 """A linear layer whose three matrix products, forward and backward, are of FP8 factors, for tuning.
 
-Every factor is rounded to e4m3 (gradients too) under one scale a tensor, taken from its largest magnitude; products are
-summed in float32 by the tensor cores (`torch._scaled_mm`). A step of sign descent asks for the sign of a sum over many
-tokens, which the rounding of single factors hardly moves.
+Every factor is rounded to e4m3 (gradients too) under one scale a tensor; products are summed in float32 by the tensor
+cores (`torch._scaled_mm`). Inputs and gradients are scaled by their largest magnitude, weights by one that the caller
+knows them to stay below. A step of sign descent asks for the sign of a sum over many tokens, which the rounding of
+single factors hardly moves.
 """
 
 from __future__ import annotations
@@ -17,12 +18,18 @@ _E4M3 = torch.float8_e4m3fn
 _HIGHEST = torch.finfo(_E4M3).max
 
 
-def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., K] times the transpose of weight [N, K] -> [..., N]; N, K and the number of rows are multiples of 16."""
+def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, most: Tensor) -> Tensor:
+    """x [..., K] times the transpose of weight [N, K] -> [..., N].
+
+    N and K are multiples of 16; if the number of rows of x is not, the product is that of the factors as they are.
+
+    Args:
+        most: scalar float32, at least the largest magnitude in ``weight``; what is above it saturates.
+    """
     rows = x.flatten(0, -2)
     if len(rows) % 16:
         return F.linear(x, weight, bias)
-    out = _Fp8Linear.apply(rows, weight).unflatten(0, x.shape[:-1])  # type: ignore[no-untyped-call]
+    out = _Fp8Linear.apply(rows, weight, most).unflatten(0, x.shape[:-1])  # type: ignore[no-untyped-call]
     return out if bias is None else out + bias  # type: ignore[no-any-return]
 
 
@@ -30,18 +37,18 @@ class _Fp8Linear(torch.autograd.Function):
     """[M, K] and [N, K] -> [M, N]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        x8, x_scale = _to_fp8(x)
-        weight8, weight_scale = _to_fp8(weight)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, most: Tensor) -> Tensor:
+        x8, x_scale = _to_fp8(x, x.abs().amax())
+        weight8, weight_scale = _to_fp8(weight, most)
         ctx.save_for_backward(x8, x_scale, weight8, weight_scale)
         return torch._scaled_mm(
             x8, weight8.t(), scale_a=x_scale, scale_b=weight_scale, out_dtype=x.dtype, use_fast_accum=True
         )
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
         x8, x_scale, weight8, weight_scale = ctx.saved_tensors
-        grad8, grad_scale = _to_fp8(grad)
+        grad8, grad_scale = _to_fp8(grad, grad.abs().amax())
         of_x = of_weight = None
         # The second factor of `_scaled_mm` must lie column by column.
         if ctx.needs_input_grad[0]:
@@ -62,10 +69,10 @@ class _Fp8Linear(torch.autograd.Function):
                 out_dtype=grad.dtype,
                 use_fast_accum=True,
             )
-        return of_x, of_weight
+        return of_x, of_weight, None
 
 
-def _to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The values over a scale as e4m3, row by row in memory, and the scale, float32 scalar."""
-    scale = (x.abs().amax().float() / _HIGHEST).clamp(min=torch.finfo(torch.float32).tiny)
-    return (x.float() / scale).to(_E4M3).contiguous(), scale
+def _to_fp8(x: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+    """The values over a scale as e4m3, row by row in memory, and the scale, float32 scalar; ``most`` becomes 448."""
+    scale = (most.float() / _HIGHEST).clamp(min=torch.finfo(torch.float32).tiny)
+    return (x.float() / scale).clamp(-_HIGHEST, _HIGHEST).to(_E4M3).contiguous(), scale

@@ -98,15 +98,13 @@ class LayerState:
     @torch.no_grad()
     def report(self, weight: QuantizedWeight) -> LayerReport:
         """What tuning did, given what `finish` returned."""
-        original, dequantized = self.target.weight.float(), weight.dequantize()
+        original = self.target.weight.float()
         start, kind = freeze(self.target, self._start), weight.type
         scale = kind.acting_scale(weight.scale, weight.global_scale)
-        return LayerReport(
-            weight_error=((dequantized - original).square().sum() / original.square().sum()).item(),
-            moved=(kind.decode(weight.codes) != kind.decode(start.codes)).float().mean().item(),
-            scale_min=scale.min().item(),
-            scale_max=scale.max().item(),
-        )
+        moved = kind.decode(weight.codes) != kind.decode(start.codes)
+        error = (weight.dequantize() - original).square().sum() / original.square().sum()
+        figures = torch.stack([error, moved.float().mean(), scale.min(), scale.max()]).tolist()
+        return LayerReport(**dict(zip(LayerReport.__annotations__, figures, strict=True)))
 
 
 class _Quantizer(NamedTuple):

@@ -22,13 +22,15 @@ class WorkingLinear(nn.Linear):
     """What `make_working` makes of a layer [N, K]."""
 
     quantized_input: QuantizedInput | None = None  # gradients pass straight through
-    multiplies_in_fp8 = False
+    fp8_most: Tensor | None = None  # scalar; multiply in FP8, with a weight that is below this
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., K] -> [..., N]."""
         if self.quantized_input is not None:
             input = _fake_quantize(input, self.quantized_input)
-        return (fp8_linear if self.multiplies_in_fp8 else F.linear)(input, self.weight, self.bias)
+        if self.fp8_most is not None:
+            return fp8_linear(input, self.weight, self.bias, self.fp8_most)
+        return F.linear(input, self.weight, self.bias)
 
 
 def make_working(module: nn.Module) -> nn.Module:
@@ -57,16 +59,21 @@ def quantized_inputs(module: nn.Module, inputs: Mapping[str, QuantizedInput]) ->
 
 
 @contextmanager
-def fp8_matmuls(module: nn.Module, *, wanted: bool = True) -> Iterator[None]:
-    """Multiply in FP8, forward and backward, inside the context, where shapes allow it."""
-    layers = [part for part in module.modules() if isinstance(part, WorkingLinear)]
-    for layer in layers:
-        layer.multiplies_in_fp8 = wanted and all(size % 16 == 0 for size in layer.weight.shape)
+def fp8_matmuls(module: nn.Module, most: Mapping[str, Tensor]) -> Iterator[None]:
+    """Multiply in FP8, forward and backward, inside the context.
+
+    Args:
+        most: layer name -> a scalar that the magnitudes of its weight stay below.
+    """
+    layers = {name: _layer(module, name) for name in most}
+    for name, layer in layers.items():
+        if all(size % 16 == 0 for size in layer.weight.shape):
+            layer.fp8_most = most[name]
     try:
         yield
     finally:
-        for layer in layers:
-            layer.multiplies_in_fp8 = False
+        for layer in layers.values():
+            layer.fp8_most = None
 
 
 def _layer(module: nn.Module, name: str) -> WorkingLinear:

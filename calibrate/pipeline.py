@@ -33,7 +33,7 @@ from calibrate.workbench import Workbench, WorkingBlock
 from vllm_autoround.format.scheme import QuantScheme
 from vllm_autoround.format.weights import QuantizedWeight
 
-_IMPORTANCE_TOKENS = 32_768
+_IMPORTANCE_TOKENS = 16_384
 
 
 def calibrate(model: str | Path, out: str | Path, **settings: Any) -> dict[str, Any]:

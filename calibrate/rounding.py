@@ -40,6 +40,7 @@ from vllm_autoround.format.weights import Bounds, QuantizedWeight, Tile, WeightT
 
 OFFSET_UNIT = 2.0**-15
 MOST_OFFSET = (1 << 15) - 1  # units
+MOST_CLIP = 2.0  # after a scale search, which may have found a narrow range that tuning widens again
 SUM_CHUNK = 4096  # see `ordered_sum`
 
 

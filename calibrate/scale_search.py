@@ -6,7 +6,6 @@ it; with few bits the full range is far from the best one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import product
 
 import torch
@@ -15,10 +14,6 @@ from torch import Tensor
 from calibrate.compilation import compiled
 from calibrate.rounding import Rounding, Target, group_errors
 from vllm_autoround.format.weights import Bounds, Float8, Integer, Mx, NvFp4, WeightType
-
-MOST_CLIP = 2.0  # tuning may widen the range again
-
-_Errors = Callable[[Target, Rounding, Tensor], Tensor]
 
 
 def search_scales(target: Target, importance: Tensor) -> tuple[Target, Rounding]:
@@ -35,38 +30,33 @@ def search_scales(target: Target, importance: Tensor) -> tuple[Target, Rounding]
     if target.type.symmetric:
         amax = torch.maximum(-target.bounds.low, target.bounds.high)
         target = Target(target.weight, Bounds(-amax, amax), target.type, target.global_scale)
-    errors = group_errors if target.weight.device.type == "cpu" else compiled(group_errors)
+    device = target.weight.device
+    better = _better if device.type == "cpu" else compiled(_better)
     ones = torch.ones_like(target.bounds.low)
-    nearest = Rounding.nearest(target, ones, ones)
-    best, least = nearest, errors(target, nearest, importance)
-    for low_clip, high_clip in _coarse(target.type):
-        # Tensors, so that one compilation serves all candidates.
-        best, least = _better(target, best, least, ones * low_clip, ones * high_clip, importance, errors)
-    for step in _fine(target.type):
+    best = Rounding.nearest(target, ones, ones)
+    least = group_errors(target, best, importance)
+    # Tensors, so that one compilation serves all candidates.
+    for low_clip, high_clip in torch.tensor(_coarse(target.type), device=device):
+        best, least = better(target, best, least, ones * low_clip, ones * high_clip, importance)
+    for steps in _fine(target.type):
         start = best
-        for low_step, high_step in step:
+        for low_step, high_step in torch.tensor(steps, device=device):
             clips = (_move(start.low_clip, low_step), _move(start.high_clip, high_step))
-            best, least = _better(target, best, least, *clips, importance, errors)
+            best, least = better(target, best, least, *clips, importance)
     return target, best
 
 
 def _better(
-    target: Target,
-    best: Rounding,
-    least: Tensor,
-    low_clip: Tensor,
-    high_clip: Tensor,
-    importance: Tensor,
-    errors: _Errors,
+    target: Target, best: Rounding, least: Tensor, low_clip: Tensor, high_clip: Tensor, importance: Tensor
 ) -> tuple[Rounding, Tensor]:
     """For each group the better of the best clips so far, whose errors are ``least``, and these."""
-    error = errors(target, Rounding(best.offset, low_clip, high_clip), importance)
+    error = group_errors(target, Rounding(best.offset, low_clip, high_clip), importance)
     won = error < least
     clips = (torch.where(won, low_clip, best.low_clip), torch.where(won, high_clip, best.high_clip))
     return Rounding(best.offset, *clips), torch.where(won, error, least)
 
 
-def _move(clip: Tensor, step: float) -> Tensor:
+def _move(clip: Tensor, step: Tensor) -> Tensor:
     """A clip of 0 stays out of the range."""
     return torch.where(clip > 0, clip + step, clip)
 

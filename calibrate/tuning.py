@@ -8,6 +8,7 @@ stop. Samples that no step sees judge the result: a block that tuning made worse
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import isfinite, nan
 from typing import NamedTuple, cast
@@ -24,9 +25,8 @@ from calibrate.config import Recipe
 from calibrate.gptq import gptq
 from calibrate.layer_schemes import fused_groups
 from calibrate.layer_state import LayerReport, LayerState
-from calibrate.linear import fp8_matmuls
-from calibrate.rounding import OFFSET_UNIT, Rounding, Target, freeze, targets
-from calibrate.scale_search import MOST_CLIP, search_scales
+from calibrate.rounding import MOST_CLIP, OFFSET_UNIT, Rounding, Target, freeze, targets
+from calibrate.scale_search import search_scales
 from calibrate.steps import Loss, Steps
 from calibrate.workbench import WorkingBlock
 from vllm_autoround.format.scheme import QuantScheme
@@ -115,7 +115,8 @@ def tune_block(
 
     final_loss, values = None, dict[str, Tensor]()
     if recipe.iters:
-        with clock.phase("steps"), fp8_matmuls(working.module, wanted=recipe.tuning_precision == "fp8"):
+        fp8 = working.fp8_matmuls(schemes) if recipe.tuning_precision == "fp8" else nullcontext()
+        with clock.phase("steps"), fp8:
             steps.run(_order(len(inputs) - heldout, shape, generator), _rates(recipe), on_step)
             final_loss = _last_loss(steps, working, inputs)
     if recipe.gptq:

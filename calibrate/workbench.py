@@ -7,7 +7,7 @@ save, and does the same all the same: one way to go wrong, and tests that need n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -20,7 +20,8 @@ from calibrate.activations import QuantizedInput
 from calibrate.blocks import Block, copy_arguments, run_block, to_device
 from calibrate.chain import advance
 from calibrate.compilation import compiled
-from calibrate.linear import make_working, quantized_inputs
+from calibrate.linear import fp8_matmuls, make_working, quantized_inputs
+from calibrate.rounding import MOST_CLIP
 
 _Kept = TypeVar("_Kept")
 
@@ -47,6 +48,7 @@ class WorkingBlock:
         self._forward = compiled(run_block) if compile else run_block
         self._kept: tuple[Any, Any] | None = None  # key and value
         self._scales: dict[str, Tensor] = {}  # static ones of the layers' inputs
+        self._most: dict[str, Tensor] = {}  # that a weight's magnitudes can become
         self._load_originals(block)
 
     @property
@@ -84,6 +86,15 @@ class WorkingBlock:
     def quantized_inputs(self, inputs: Mapping[str, QuantizedInput]) -> Iterator[None]:
         """`calibrate.linear.quantized_inputs`, with static scales in memory that stays where it is."""
         with quantized_inputs(self.module, self._held(inputs)):
+            yield
+
+    @contextmanager
+    def fp8_matmuls(self, names: Collection[str]) -> Iterator[None]:
+        """`calibrate.linear.fp8_matmuls` for these layers, in memory that stays where it is."""
+        for name in names:
+            most = MOST_CLIP * torch.stack(self.originals[name].aminmax()).abs().amax().float()
+            self._most.setdefault(name, most.clone()).copy_(most)
+        with fp8_matmuls(self.module, {name: self._most[name] for name in names}):
             yield
 
     def _held(self, inputs: Mapping[str, QuantizedInput]) -> dict[str, QuantizedInput]:
