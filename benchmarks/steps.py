@@ -30,7 +30,7 @@ from calibrate.config import Recipe
 from calibrate.layer_state import LayerState
 from calibrate.rounding import Gradients, Rounding, targets
 from calibrate.scale_search import MOST_CLIP
-from calibrate.tuning import _order, _rates, mean_squared_error
+from calibrate.tuning import _rates, mean_squared_error, sample_order
 from calibrate.workbench import Workbench, WorkingBlock
 from vllm_autoround.format.scheme import QuantScheme
 
@@ -125,7 +125,7 @@ def _time_step(scheme: str, shape: BlockShape, batch: int, *, graphed: bool, com
             mean_squared_error,
             shape_of_steps,
         )
-        order, rates = _order(len(hidden), shape_of_steps, torch.Generator().manual_seed(0)), _rates(recipe)
+        order, rates = sample_order(len(hidden), shape_of_steps, torch.Generator().manual_seed(0)), _rates(recipe)
         run = lambda: runner.run(order, rates, lambda: None)  # noqa: E731
         milliseconds = _milliseconds(run, repeats=3) / recipe.iters
     return {

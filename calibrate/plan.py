@@ -21,10 +21,12 @@ from calibrate.source import Source
 from vllm_autoround.format.errors import SchemeError
 from vllm_autoround.format.manifest import Manifest
 from vllm_autoround.format.scheme import QuantScheme
+from vllm_autoround.format.weights import Integer
 
 _DISK_RESERVE = 64 << 20  # bytes beyond the checkpoint itself
 _FP8_CAPABILITY = (8, 9)  # of a GPU
 _TUNED_ON = 15  # samples for each one that is held out
+_FEW_BITS = 3  # an integer of more gains nothing from training its scales end to end
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +55,18 @@ class Plan:
             if name.startswith(prefix)
         }
 
+    def scales_to_train(self, block: Block) -> list[str]:
+        """The layers, by name relative to the block, whose scales are worth training end to end."""
+        return [name for name, scheme in self.schemes(block).items() if _few_bits(scheme)]
+
     def outside(self) -> dict[str, QuantScheme]:
         """Scheme by full name of the quantized layers that are in no block: the embedding and the head."""
         prefixes = tuple(f"{block.name}." for block in self.blocks)
         return {name: scheme for name, scheme in self.manifest.schemes.items() if not name.startswith(prefixes)}
+
+
+def _few_bits(scheme: QuantScheme) -> bool:
+    return isinstance(scheme.weights, Integer) and scheme.weights.bits <= _FEW_BITS
 
 
 def heldout_of(nsamples: int) -> int:

@@ -116,7 +116,7 @@ def tune_block(
     final_loss, values = None, dict[str, Tensor]()
     if recipe.iters:
         with clock.phase("steps"), fp8_matmuls(working.module, wanted=recipe.tuning_precision == "fp8"):
-            steps.run(_order(len(inputs) - heldout, shape, generator), _rates(recipe), on_step)
+            steps.run(sample_order(len(inputs) - heldout, shape, generator), _rates(recipe), on_step)
             final_loss = _last_loss(steps, working, inputs)
     if recipe.gptq:
         with clock.phase("gptq"):
@@ -245,7 +245,7 @@ def _rates(recipe: Recipe) -> Tensor:
     return torch.stack([sums.diff(prepend=sums.new_zeros(1)), rates * recipe.scale_lr], dim=1).float()
 
 
-def _order(samples: int, shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
+def sample_order(samples: int, shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
     """Sample numbers [steps, batches, B]; every sample comes once before any comes again."""
     needed = shape[0] * shape[1] * shape[2]
     rounds = [torch.randperm(samples, generator=generator) for _ in range(-(-needed // samples))]
