@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ from benchmarks.evaluation import (
 from benchmarks.peer import run_auto_round
 from benchmarks.provenance import RESULTS, write_result
 from calibrate import calibrate
-from calibrate.config import RECIPES, Recipe
+from calibrate.config import RECIPES, Precision, Recipe
 from calibrate.data import load_samples
 from calibrate.plan import resolve_device
 from vllm_autoround.format.scheme import QuantScheme
@@ -144,7 +145,7 @@ def main() -> int:
     payload = {
         "protocol": {
             "model": args.model.name,
-            "recipes": {name: asdict(_recipe(args, name)) for name in args.recipes},
+            "recipes": {name: asdict(recipe) for name, recipe in _recipes(args).items()},
             "peer": asdict(_PEER),
             "windows": list(contest.windows.shape),
             "problems": len(contest.problems),
@@ -163,9 +164,8 @@ def _rows(args: argparse.Namespace, contest: Contest) -> Iterator[Row]:
     yield contest.judge("bf16", "original", None, None, None)
     for scheme in args.schemes:
         for seed in args.seeds:
-            for name in args.recipes:
-                if RECIPES[name].iters or seed == args.seeds[0]:  # without tuning the seed draws the samples only
-                    recipe = _recipe(args, name)
+            for name, recipe in _recipes(args).items():
+                if recipe.iters or seed == args.seeds[0]:  # without tuning the seed draws the samples only
                     yield contest.ours(scheme, seed, _samples(args, contest, seed, recipe), name, recipe)
             for iters in args.peer_iters:
                 if iters or seed == args.seeds[0]:
@@ -185,10 +185,16 @@ def _samples(args: argparse.Namespace, contest: Contest, seed: int, recipe: Reci
     )
 
 
-def _recipe(args: argparse.Namespace, name: str) -> Recipe:
-    recipe = RECIPES[name]
-    nsamples = args.nsamples if recipe.nsamples == 128 else max(args.nsamples, recipe.nsamples)
-    return replace(recipe, nsamples=nsamples, seqlen=args.seqlen)
+def _recipes(args: argparse.Namespace) -> dict[str, Recipe]:
+    """Every recipe in every precision of its steps, on as many samples as it takes and this run has at least."""
+    recipes = {}
+    for name in args.recipes:
+        recipe = RECIPES[name]
+        nsamples = args.nsamples if recipe.nsamples == 128 else max(args.nsamples, recipe.nsamples)
+        for precision in args.precisions if recipe.iters else ["bf16"]:
+            label = name if precision == "bf16" else f"{name} {precision}"
+            recipes[label] = replace(recipe, nsamples=nsamples, seqlen=args.seqlen, tuning_precision=precision)
+    return recipes
 
 
 def _misses(rows: list[Row], max_ppl: Mapping[str, float], min_accuracy: Mapping[str, float]) -> Iterator[str]:
@@ -241,6 +247,9 @@ def _parse() -> argparse.Namespace:
     what.add_argument("--problems-test", type=Path, required=True, metavar="FILE", help="problems, GSM8K's format")
     what.add_argument("--schemes", nargs="+", default=["W4A16", "W3A16"], help="default: W4A16 W3A16")
     what.add_argument("--recipes", nargs="+", default=["rtn", "default"], choices=RECIPES, help="default: rtn default")
+    what.add_argument(
+        "--precisions", nargs="+", default=["bf16"], choices=get_args(Precision), help="of our steps (default: bf16)"
+    )
     what.add_argument(
         "--peer-iters", type=int, nargs="*", default=[0, 200], metavar="N", help="of auto-round; none: skip it"
     )

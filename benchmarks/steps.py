@@ -29,7 +29,7 @@ from calibrate.blocks import Block, capture_inputs, find_blocks, run_block
 from calibrate.config import Recipe
 from calibrate.layer_state import LayerState
 from calibrate.rounding import MOST_CLIP, Gradients, Rounding, targets
-from calibrate.tuning import _order, _rates, mean_squared_error
+from calibrate.tuning import _rates, mean_squared_error, sample_order
 from calibrate.workbench import Workbench, WorkingBlock
 from vllm_autoround.format.scheme import QuantScheme
 
@@ -124,7 +124,7 @@ def _time_step(scheme: str, shape: BlockShape, batch: int, *, graphed: bool, com
             mean_squared_error,
             shape_of_steps,
         )
-        order, rates = _order(len(hidden), shape_of_steps, torch.Generator().manual_seed(0)), _rates(recipe)
+        order, rates = sample_order(len(hidden), shape_of_steps, torch.Generator().manual_seed(0)), _rates(recipe)
         run = lambda: runner.run(order, rates, lambda: None)  # noqa: E731
         milliseconds = _milliseconds(run, repeats=3) / recipe.iters
     return {

@@ -185,8 +185,9 @@ def main() -> int:
 
 
 def _scaled(recipe: Recipe, args: argparse.Namespace) -> Recipe:
-    """The recipe on this run's samples, and with its steps if it names them."""
-    return replace(recipe, iters=args.iters or recipe.iters, nsamples=args.nsamples, seqlen=args.seqlen)
+    """The recipe on this run's samples, and with its steps if it names them; blocks are raced, nothing after them."""
+    iters = args.iters or recipe.iters
+    return replace(recipe, iters=iters, end_to_end_iters=0, nsamples=args.nsamples, seqlen=args.seqlen)
 
 
 def _step_floor(model: Path, samples: Tensor, device: torch.device) -> float:

@@ -27,12 +27,13 @@ from vllm_autoround.format.errors import ManifestError, SchemeError
 _RECIPES_HELP = "\n".join(
     f"  {name:<16} {r.iters:>5} {r.batch_size:>6} {r.seqlen:>7} {r.nsamples:>8} "
     f"{r.lr or ('1/iters' if r.iters else '-'):>8} {r.scale_lr:>9} {r.momentum:>9} "
-    f"{'yes' if r.scale_search else 'no':>7} {'yes' if r.kl_last_block else 'no':>5} {'yes' if r.gptq else 'no':>5}"
+    f"{'yes' if r.scale_search else 'no':>7} {'yes' if r.kl_last_block else 'no':>5} {'yes' if r.gptq else 'no':>5} "
+    f"{r.end_to_end_iters or '-':>5} {r.end_to_end_lr if r.end_to_end_iters else '-':>6}"
     for name, r in RECIPES.items()
 )
 _RECIPES_HEAD = (
     f"  {'recipe':<16} {'iters':>5} {'batch':>6} {'seqlen':>7} {'nsamples':>8} {'lr':>8} {'scale-lr':>9} "
-    f"{'momentum':>9} {'search':>7} {'kl':>5} {'gptq':>5}"
+    f"{'momentum':>9} {'search':>7} {'kl':>5} {'gptq':>5} {'e2e':>5} {'e2e-lr':>6}"
 )
 _SCHEMES_HELP = """schemes:
   W2A16 ... W8A16  integer weights; _ASYM for zero points, G64 or the like for the group size: W3A16_ASYM, W2A16G64
@@ -137,7 +138,8 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--tuning-precision",
         choices=get_args(Precision),
-        help="of the matrix products in a step; fp8 needs a GPU that has it (Hopper, Ada, Blackwell)",
+        help="of the matrix products in a step; fp8 needs a GPU that has it (Ada, Hopper, Blackwell); auto takes it "
+        "for blocks where it is faster and adds less error to the gradient than the choice of samples",
     )
     how.add_argument(
         "--scale-search", action=argparse.BooleanOptionalAction, help="start from the best scales of a grid"
@@ -152,6 +154,14 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="without steps: round by GPTQ and coordinate descent instead of to nearest",
     )
+    how.add_argument(
+        "--end-to-end-iters",
+        type=int,
+        metavar="N",
+        help="one-sample steps after all blocks, on the model's output distribution, on the scales of integers of at "
+        "most 3 bits; the whole model is on the device for them; 0: none",
+    )
+    how.add_argument("--end-to-end-lr", type=float, metavar="F", help="first learning rate of these steps")
     how.add_argument(
         "--gradient-accumulate-steps",
         type=int,

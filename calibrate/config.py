@@ -19,7 +19,7 @@ IGNORE = "ignore"  # the scheme of a layer that stays as it is
 Dataset = str | Sequence[str] | Sequence[Sequence[int]]
 KVCache = Literal["fp8", "fp8_per_head"]
 Optimizer = Literal["signsgd", "adamw"]
-Precision = Literal["bf16", "fp8"]
+Precision = Literal["bf16", "fp8", "auto"]
 
 
 class CalibrationError(ValueError):
@@ -28,7 +28,7 @@ class CalibrationError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How a block is tuned, for how long and on how much data."""
+    """How blocks are tuned, for how long and on how much data; and what follows them."""
 
     iters: int  # steps a block; 0: none
     batch_size: int  # samples a step
@@ -42,6 +42,8 @@ class Recipe:
     scale_search: bool = False  # start from the best scales of a grid; else from the full range
     kl_last_block: bool = False  # tune the last block on the model's output distribution; else on its hidden states
     gptq: bool = False  # without steps: round by GPTQ and coordinate descent; else to nearest
+    end_to_end_iters: int = 0  # steps of one sample, after all blocks, on the scales of integers of at most 3 bits
+    end_to_end_lr: float = 2e-3  # of the first of these steps
 
     @property
     def beyond_nearest(self) -> bool:
@@ -56,7 +58,7 @@ class Recipe:
 _OURS: dict[str, Any] = {"scale_lr": 0.5, "scale_search": True, "kl_last_block": True}
 RECIPES = {
     "default": Recipe(iters=200, batch_size=2, momentum=0.7, **_OURS),
-    "best": Recipe(iters=400, batch_size=2, momentum=0.9, nsamples=320, **_OURS),
+    "best": Recipe(iters=400, batch_size=2, momentum=0.9, nsamples=320, end_to_end_iters=400, **_OURS),
     "fast": Recipe(iters=200, batch_size=1, momentum=0.5, **_OURS),
     "light": Recipe(iters=50, batch_size=2, momentum=0.5, **_OURS),
     "rtn": Recipe(iters=0, batch_size=1, scale_search=True),
@@ -99,6 +101,8 @@ class CalibrationConfig:
     scale_search: bool | None = None
     kl_last_block: bool | None = None
     gptq: bool | None = None
+    end_to_end_iters: int | None = None
+    end_to_end_lr: float | None = None
     gradient_accumulate_steps: int = 1
     device: str = "auto"
     torch_compile: bool | None = None  # compile the blocks; None: on a GPU, where they are large enough to pay for it
@@ -161,11 +165,12 @@ class CalibrationConfig:
     def _out_of_range(self) -> list[str]:
         problems = []
         least = {"iters": 0, "batch_size": 1, "seqlen": 2, "nsamples": 1, "gradient_accumulate_steps": 1}
+        least |= {"end_to_end_iters": 0}
         for field, limit in least.items():
             value = getattr(self, field)
             if value is not None and (type(value) is not int or value < limit):
                 problems.append(f"{field.replace('_', '-')} must be a whole number of at least {limit}, got {value!r}")
-        for field in ("lr", "scale_lr"):
+        for field in ("lr", "scale_lr", "end_to_end_lr"):
             value = getattr(self, field)
             if value is not None and not 0 < value <= 1:
                 problems.append(f"{field.replace('_', '-')} must be above 0 and at most 1, got {value}")

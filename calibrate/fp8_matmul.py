@@ -16,6 +16,12 @@ from torch import Tensor
 
 _E4M3 = torch.float8_e4m3fn
 _HIGHEST = torch.finfo(_E4M3).max
+_CAPABILITY = (8, 9)  # of a GPU: Ada; Hopper and Blackwell are above
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether the device multiplies in FP8."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _CAPABILITY
 
 
 def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, most: Tensor) -> Tensor:

@@ -1,30 +1,36 @@
-"""The whole run on one screen: load -> for each block: targets, statistics, tune, KV cache, write -> publish."""
+"""The whole run on one screen: load -> for each block: targets, statistics, tune, KV cache, write -> publish.
+
+With training end to end, the last two of each block wait until that is done.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from calibrate.activations import InputStatistics, observe_inputs, quantized_inputs_of
+from calibrate.activations import InputStatistics, QuantizedInput, observe_inputs, quantized_inputs_of
 from calibrate.background import Background
 from calibrate.blocks import Block, capture_inputs, masked_parts
 from calibrate.chain import NonFiniteError, advance
 from calibrate.checkpoint import CheckpointWriter
 from calibrate.clock import Clock
 from calibrate.config import CalibrationConfig, Recipe
+from calibrate.end_to_end import TunedEarlier, train_scales
 from calibrate.inspection import inspect_checkpoint
 from calibrate.kv_cache import observed
 from calibrate.outside import quantize_embedding, quantize_heads, replaced_weight
 from calibrate.plan import Plan, make_plan
 from calibrate.report import BlockReport, Stopwatch, decibels, environment, peak_memory, progress_bars, summary_table
+from calibrate.resident import install
 from calibrate.source import load_source
 from calibrate.steps import Loss
 from calibrate.tail import ModelTail
@@ -59,6 +65,8 @@ def calibrate(model: str | Path, out: str | Path, **settings: Any) -> dict[str, 
     outside = quantize_embedding(source.model, plan, config)
     original, quantized, arguments = _block_inputs(source.model, plan, outside)
     bench = Workbench(plan.device, plan.compute_dtype, compile=config.torch_compile)
+    train_last = config.tuning.end_to_end_iters > 0 and any(map(plan.scales_to_train, plan.blocks))
+    waiting, end_to_end = list[TunedEarlier](), None
 
     with (
         CheckpointWriter(plan.out, source, plan.blocks, plan.manifest, config.formats) as writer,
@@ -79,13 +87,16 @@ def calibrate(model: str | Path, out: str | Path, **settings: Any) -> dict[str, 
                     working = bench.load(block, arguments[index])
                     if not last:
                         background.submit(partial(bench.fetch, plan.blocks[index + 1]))
-                tuned, scales = _calibrate_block(
+                tuned, inputs, scales = _calibrate_block(
                     index, block, working, original, quantized, plan, config, progress.step, loss, clock
                 )
             except NonFiniteError as error:
                 raise NonFiniteError(f"{block.name}: {error}") from error
             with clock.phase("write"):
-                background.submit(partial(writer.write_block, index, tuned.weights, scales))
+                if train_last:
+                    waiting.append(TunedEarlier(tuned.weights, inputs, scales))
+                else:
+                    background.submit(partial(writer.write_block, index, tuned.weights, scales))
             reports.append(
                 BlockReport(
                     name=block.name,
@@ -95,6 +106,7 @@ def calibrate(model: str | Path, out: str | Path, **settings: Any) -> dict[str, 
                     start_loss=tuned.start.loss,
                     tuned_loss=tuned.tuned.loss,
                     kept_start=tuned.kept_start,
+                    in_fp8=tuned.in_fp8,
                     final_loss=tuned.final_loss,
                     seconds=block_watch.seconds(),
                     phases=clock.seconds,
@@ -106,6 +118,12 @@ def calibrate(model: str | Path, out: str | Path, **settings: Any) -> dict[str, 
 
         background.wait()
         del bench  # with what it keeps of the last block
+        if train_last:
+            original, quantized = original.cpu(), _quantized_inputs(source.model, plan, outside)  # off the device
+            end_to_end = train_scales(source.model, plan, config, waiting, arguments, quantized, original, progress)
+            [quantized] = _place(plan.device, quantized)
+            _write_blocks(waiting, plan, arguments, quantized, writer, background)
+            background.wait()
         heads, scales = quantize_heads(source.model, plan, config, quantized)
         writer.write_outside({**outside, **heads}, scales)
         versions = environment(plan.device)
@@ -124,11 +142,12 @@ def calibrate(model: str | Path, out: str | Path, **settings: Any) -> dict[str, 
                 if (folder / "config.json").exists()  # GGUF is a single file
             },
             "blocks": [asdict(block) for block in reports],
+            "end_to_end": None if end_to_end is None else asdict(end_to_end),
             "seconds": watch.seconds(),
             "peak_memory": peak_memory(plan.device),
         }
         writer.publish(report)
-    print(f"\n{summary_table(reports, config.tuning)}\n")  # noqa: T201
+    print(f"\n{summary_table(reports, end_to_end, config.tuning)}\n")  # noqa: T201
     return report
 
 
@@ -137,12 +156,17 @@ def _block_inputs(
 ) -> tuple[Tensor, Tensor, list[dict[str, Any]]]:
     """What enters the first block in the original and in the quantized chain, and every block's other arguments."""
     hidden, arguments = capture_inputs(model, plan.blocks, plan.samples, plan.compute_dtype)
-    if not outside:
-        return (*_place(hidden, hidden.clone(), plan.device), arguments)
-    [embedding] = outside.values()
-    with replaced_weight(model.get_input_embeddings(), embedding):
-        quantized, _ = capture_inputs(model, plan.blocks, plan.samples, plan.compute_dtype)
-    return (*_place(hidden, quantized, plan.device), arguments)
+    quantized = _quantized_inputs(model, plan, outside) if outside else hidden.clone()
+    original, quantized = _place(plan.device, hidden, quantized)
+    return original, quantized, arguments
+
+
+def _quantized_inputs(model: PreTrainedModel, plan: Plan, outside: Mapping[str, QuantizedWeight]) -> Tensor:
+    """What enters the first block in the quantized chain, [S, T, H], in host memory."""
+    with ExitStack() as stack:
+        for embedding in outside.values():
+            stack.enter_context(replaced_weight(model.get_input_embeddings(), embedding))
+        return capture_inputs(model, plan.blocks, plan.samples, plan.compute_dtype).hidden
 
 
 def _calibrate_block(
@@ -156,8 +180,12 @@ def _calibrate_block(
     on_step: Callable[[], None],
     loss: Loss,
     clock: Clock,
-) -> tuple[TunedBlock, dict[str, Tensor]]:
-    """Tune one block and advance both chains, [S, T, H], through it, in place; with its activation and KV scales."""
+) -> tuple[TunedBlock, dict[str, QuantizedInput], dict[str, Tensor]]:
+    """Tune one block and advance both chains, [S, T, H], through it, in place.
+
+    Returns:
+        The block, how its layers' inputs are quantized, and its activation and KV scales by the tensor's full name.
+    """
     schemes = plan.schemes(block)
     with clock.phase("original chain"):
         working.advance(original)
@@ -187,7 +215,30 @@ def _calibrate_block(
         for name, made in inputs.items()
         if made.scale is not None
     }
-    return tuned, scales
+    return tuned, inputs, scales
+
+
+def _write_blocks(
+    waiting: Sequence[TunedEarlier],
+    plan: Plan,
+    arguments: Sequence[dict[str, Any]],
+    quantized: Tensor,
+    writer: CheckpointWriter,
+    background: Background,
+) -> None:
+    """Write blocks whose weights changed after their tuning; the quantized chain [S, T, H] is advanced through them, in
+    place, and the KV cache is observed, once more."""
+    bench = Workbench(plan.device, plan.compute_dtype, compile=False)
+    for index, (block, done) in enumerate(zip(plan.blocks, waiting, strict=True)):
+        working = bench.load(block, arguments[index])
+        for name, weight in done.weights.items():
+            install(cast(nn.Linear, working.module.get_submodule(name)), weight, working.originals[name].dtype)
+        try:
+            with working.quantized_inputs(done.inputs):
+                kv_scales = _advance_quantized(working, quantized, block.name, plan)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{block.name}: {error}") from error
+        background.submit(partial(writer.write_block, index, done.weights, done.scales | kv_scales))
 
 
 def _statistics(
@@ -216,15 +267,15 @@ def _statistics(
     return statistics
 
 
-def _place(original: Tensor, quantized: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Inputs [S, T, H] of the original and the quantized chain: on the device while both fit in half of what is free,
-    else in pinned host memory."""
+def _place(device: torch.device, *hidden: Tensor) -> list[Tensor]:
+    """Hidden states [S, T, H]: on the device while all fit in half of what is free, else in pinned host memory."""
     if device.type != "cuda":
-        return original, quantized
+        return list(hidden)
+    torch.cuda.empty_cache()  # what torch keeps for itself counts as taken
     free, _ = torch.cuda.mem_get_info(device)
-    if 2 * original.nbytes <= free // 2:
-        return original.to(device), quantized.to(device)
-    return original.pin_memory(), quantized.pin_memory()
+    if sum(states.nbytes for states in hidden) <= free // 2:
+        return [states.to(device) for states in hidden]
+    return [states.pin_memory() for states in hidden]
 
 
 def _advance_quantized(working: WorkingBlock, hidden: Tensor, name: str, plan: Plan) -> dict[str, Tensor]:

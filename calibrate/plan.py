@@ -15,16 +15,18 @@ from calibrate.blocks import Block, find_blocks
 from calibrate.checkpoint import format_problems
 from calibrate.config import CalibrationConfig, CalibrationError
 from calibrate.data import load_padded_samples, load_samples
+from calibrate.fp8_matmul import has_fp8
 from calibrate.layer_schemes import assign_schemes, stock_problems
 from calibrate.partial import occupied
 from calibrate.source import Source
 from vllm_autoround.format.errors import SchemeError
 from vllm_autoround.format.manifest import Manifest
 from vllm_autoround.format.scheme import QuantScheme
+from vllm_autoround.format.weights import Integer
 
 _DISK_RESERVE = 64 << 20  # bytes beyond the checkpoint itself
-_FP8_CAPABILITY = (8, 9)  # of a GPU
 _TUNED_ON = 15  # samples for each one that is held out
+_FEW_BITS = 3  # an integer of more gains nothing from training its scales end to end
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +55,18 @@ class Plan:
             if name.startswith(prefix)
         }
 
+    def scales_to_train(self, block: Block) -> list[str]:
+        """The layers, by name relative to the block, whose scales are worth training end to end."""
+        return [name for name, scheme in self.schemes(block).items() if _few_bits(scheme)]
+
     def outside(self) -> dict[str, QuantScheme]:
         """Scheme by full name of the quantized layers that are in no block: the embedding and the head."""
         prefixes = tuple(f"{block.name}." for block in self.blocks)
         return {name: scheme for name, scheme in self.manifest.schemes.items() if not name.startswith(prefixes)}
+
+
+def _few_bits(scheme: QuantScheme) -> bool:
+    return isinstance(scheme.weights, Integer) and scheme.weights.bits <= _FEW_BITS
 
 
 def heldout_of(nsamples: int) -> int:
@@ -212,9 +222,9 @@ def _setting_problems(source: Source, config: CalibrationConfig) -> list[str]:
 
 
 def _precision_problems(precision: str, device: torch.device, model_dtype: torch.dtype) -> list[str]:
-    if precision == "bf16":
+    if precision != "fp8":
         return []
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < _FP8_CAPABILITY:
+    if not has_fp8(device):
         return [f"{device} has no FP8 matrix products (Ada, Hopper and Blackwell have); use --tuning-precision bf16"]
     if model_dtype == torch.float32:
         return ["a float32 model is tuned in float32; use --tuning-precision bf16"]

@@ -1,8 +1,8 @@
 """Whether FP8 is precise enough to tune a block, measured on the block itself.
 
-A step's gradient is that of a few samples, so it has an error of that kind anyway. FP8 does where the error that it adds
-is the smaller one in every layer: where the gradient of a minibatch in FP8 points closer to its own in bfloat16 than
-the gradient of another minibatch does.
+A step's gradient is that of a few samples, so it has an error of that kind anyway. FP8 does where the error that it
+adds is the smaller one in every layer: where the gradient of a minibatch in FP8 points closer to its own in bfloat16
+than the gradient of another minibatch does.
 """
 
 from __future__ import annotations

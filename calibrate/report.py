@@ -36,6 +36,7 @@ class BlockReport:
     objective: str  # of the tuning: "mse" of the block's output or "kl" of the model's
     start_loss: float  # of the objective
     tuned_loss: float
+    in_fp8: bool  # the matrix products of its steps
     kept_start: bool  # tuning made the objective worse
     final_loss: float | None  # of the objective, on the samples of the last step; None without tuning
     seconds: float
@@ -46,6 +47,23 @@ class BlockReport:
     def gain_db(self) -> float:
         """How much less the error is than before tuning; may be negative for a block tuned on the model's output."""
         return (self.start_db or 0.0) - (self.tuned_db or 0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndToEndReport:
+    """Of the training of scales after all blocks. Losses are KL divergences of the model's output distribution from the
+    original model's, in nats a token, on the held-out samples."""
+
+    layers: int  # whose scales were trained
+    start_loss: float
+    tuned_loss: float
+    kept_start: bool  # training made it worse
+    seconds: float
+
+    def __str__(self) -> str:
+        """A line for the terminal."""
+        line = f"end to end: KL {self.start_loss:.4f} before, {self.tuned_loss:.4f} after"
+        return f"{line} (kept its start)" if self.kept_start else line
 
 
 def decibels(ratio: float) -> float | None:
@@ -86,6 +104,21 @@ class Progress:
                 file=sys.stderr,
             )
         self._blocks.update()
+
+    def start_end_to_end(self, steps: int) -> None:
+        """Set the second bar to the steps that follow all blocks."""
+        self._steps.reset(total=steps)
+        self._steps.set_description("end to end")
+
+    def finish_end_to_end(self, report: EndToEndReport) -> None:
+        """Print the line of the steps after all blocks."""
+        tqdm.write(f"{report}  ({report.seconds:.1f} s)", file=sys.stderr)
+        if report.kept_start:
+            tqdm.write(
+                "WARNING: the scales keep their start, which is better on the held-out samples; more samples, or "
+                "smaller steps, would help",
+                file=sys.stderr,
+            )
 
     def close(self) -> None:
         """Leave the terminal clean."""
@@ -137,7 +170,7 @@ def _db(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def summary_table(blocks: list[BlockReport], recipe: Recipe) -> str:
+def summary_table(blocks: list[BlockReport], end_to_end: EndToEndReport | None, recipe: Recipe) -> str:
     """The table printed at the end of a run."""
     tuned = recipe.beyond_nearest
     head = f"{'block':<28}{'start dB':>10}" + (f"{'final dB':>10}{'gain dB':>10}" if tuned else "") + f"{'seconds':>10}"
@@ -147,4 +180,6 @@ def summary_table(blocks: list[BlockReport], recipe: Recipe) -> str:
         if tuned:
             line += f"{_db(block.tuned_db):>10}{block.gain_db:>10.2f}"
         lines.append(line + f"{block.seconds:>10.1f}")
+    if end_to_end is not None:
+        lines.append(str(end_to_end))
     return "\n".join(lines)

@@ -55,23 +55,25 @@ class Steps:
         self._feed = (
             _Gather(inputs, outputs, self._order, self._step) if near else _Stage(inputs, outputs, shape, device)
         )
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graphs: dict[str, torch.cuda.CUDAGraph] = {}  # by variant
         self._graphed = GRAPHED and all(layer.recordable for layer in layers)
 
     @torch.enable_grad()
-    def run(self, order: Tensor, rates: Tensor, on_step: Callable[[], None]) -> None:
+    def run(self, order: Tensor, rates: Tensor, on_step: Callable[[], None], variant: str = "") -> None:
         """Tune the layers from their start; `losses` [steps] are to be read when all is done.
 
         Args:
             order: [steps, batches, B] sample numbers.
             rates: [steps, 2], of offsets and clips; see `calibrate.rounding.sign_step`.
             on_step: called after every step.
+            variant: of the block's forward; what was recorded for one serves no other.
         """
         for layer in self._layers:
             layer.module.weight.requires_grad_(True)
-        if self._graphed and self._graph is None:
+        if self._graphed and variant not in self._graphs:
             self._feed.start(order)
-            self._graph = self._record()
+            self._graphs[variant] = self._record()
+        graph = self._graphs.get(variant)
         for layer in self._layers:
             layer.restart()
         self._order.copy_(order)
@@ -82,13 +84,13 @@ class Steps:
         launched: deque[torch.cuda.Event] = deque()
         for step in range(len(order)):
             self._feed.ready(step)
-            if self._graph is None:
+            if graph is None:
                 self._one_step()
             else:
-                self._graph.replay()
+                graph.replay()
                 launched.append(torch.cuda.Event(blocking=True))
                 launched[-1].record()
-            if self._graph is None or len(launched) > _AHEAD:
+            if graph is None or len(launched) > _AHEAD:
                 _wait_for_oldest(launched)
                 on_step()
         while launched:

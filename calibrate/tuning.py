@@ -8,7 +8,6 @@ stop. Samples that no step sees judge the result: a block that tuning made worse
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from math import isfinite, nan
 from typing import NamedTuple, cast
@@ -22,9 +21,11 @@ from calibrate.chain import NonFiniteError, first_non_finite, relative_distance
 from calibrate.clock import Clock
 from calibrate.compilation import compiled
 from calibrate.config import Recipe
+from calibrate.fp8_matmul import has_fp8
 from calibrate.gptq import gptq
 from calibrate.layer_schemes import fused_groups
 from calibrate.layer_state import LayerReport, LayerState
+from calibrate.precision import fp8_suffices
 from calibrate.rounding import MOST_CLIP, OFFSET_UNIT, Rounding, Target, freeze, targets
 from calibrate.scale_search import search_scales
 from calibrate.steps import Loss, Steps
@@ -58,6 +59,7 @@ class TunedBlock:
     tuned: Verdict
     kept_start: bool  # because tuning made the block worse
     final_loss: float | None  # of the last step's samples; None without steps
+    in_fp8: bool  # the matrix products of its steps
 
 
 def tune_block(
@@ -101,7 +103,7 @@ def tune_block(
 
     if not schemes:
         start = judge()
-        return TunedBlock({}, {}, start, start, kept_start=False, final_loss=None)
+        return TunedBlock({}, {}, start, start, kept_start=False, final_loss=None, in_fp8=False)
     working.module.requires_grad_(False)
     with clock.phase("scale search"):
         starts = _starts(working, schemes, statistics, recipe)
@@ -113,11 +115,13 @@ def tune_block(
         working.advance(inputs[judges].clone())  # names the layer
         raise NonFiniteError(f"the loss of the rounded block is {start.loss}")
 
-    final_loss, values = None, dict[str, Tensor]()
+    final_loss, values, in_fp8 = None, dict[str, Tensor](), False
     if recipe.iters:
-        fp8 = working.fp8_matmuls(schemes) if recipe.tuning_precision == "fp8" else nullcontext()
-        with clock.phase("steps"), fp8:
-            steps.run(_order(len(inputs) - heldout, shape, generator), _rates(recipe), on_step)
+        with clock.phase("precision"):
+            in_fp8 = _in_fp8(working, schemes, inputs, outputs, real, recipe, loss)
+        order = sample_order(len(inputs) - heldout, shape, generator)
+        with clock.phase("steps"), working.fp8_matmuls(schemes if in_fp8 else ()):
+            steps.run(order, _rates(recipe), on_step, variant="fp8" if in_fp8 else "bf16")
             final_loss = _last_loss(steps, working, inputs)
     if recipe.gptq:
         with clock.phase("gptq"):
@@ -134,7 +138,7 @@ def tune_block(
         tuned = judge()
     with clock.phase("report"):
         reports = {name: layer.report(weights[name]) for name, layer in layers.items()}
-    return TunedBlock(weights, reports, start, tuned, kept_start, final_loss)
+    return TunedBlock(weights, reports, start, tuned, kept_start, final_loss, in_fp8)
 
 
 @torch.no_grad()
@@ -152,6 +156,25 @@ def quantize_layer(
         ones = torch.ones(weight.shape[1], device=weight.device)
         target, start = search_scales(target, ones if importance is None else importance)
     return freeze(target, start)
+
+
+def _in_fp8(
+    working: WorkingBlock,
+    schemes: Mapping[str, QuantScheme],
+    inputs: Tensor,
+    outputs: Tensor,
+    real: Tensor | None,
+    recipe: Recipe,
+    loss: Loss,
+) -> bool:
+    """What "auto" means for this block: FP8 is precise enough, and faster, which it is in compiled code only."""
+    if recipe.tuning_precision != "auto":
+        return recipe.tuning_precision == "fp8"
+    two, device = 2 * recipe.batch_size, working.device
+    if not (working.compiled and has_fp8(device)) or len(inputs) < two:
+        return False
+    mask = None if real is None else real[:two]
+    return fp8_suffices(working, schemes, inputs[:two].to(device), outputs[:two].to(device), loss, real=mask)
 
 
 def _last_loss(steps: Steps, working: WorkingBlock, inputs: Tensor) -> float:
@@ -246,7 +269,7 @@ def _rates(recipe: Recipe) -> Tensor:
     return torch.stack([sums.diff(prepend=sums.new_zeros(1)), rates * recipe.scale_lr], dim=1).float()
 
 
-def _order(samples: int, shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
+def sample_order(samples: int, shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
     """Sample numbers [steps, batches, B]; every sample comes once before any comes again."""
     needed = shape[0] * shape[1] * shape[2]
     rounds = [torch.randperm(samples, generator=generator) for _ in range(-(-needed // samples))]

@@ -240,6 +240,8 @@ def test_a_value_that_overflows_stops_the_run_by_name_and_leaves_nothing(tmp_pat
         (["--scheme", "W9A16"], "weight bits must be 2 to 8, got 9"),
         (["--group-size", "48"], "group size must be one of"),
         (["--lr", "2"], "lr must be above 0 and at most 1, got 2.0"),
+        (["--end-to-end-lr", "0"], "end-to-end-lr must be above 0 and at most 1, got 0.0"),
+        (["--end-to-end-iters", "-1"], "end-to-end-iters must be a whole number of at least 0, got -1"),
         (["--iters", "-1", "--nsamples", "0"], "nsamples must be a whole number of at least 1, got 0"),
         (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),
         (["--dataset", "gone.jsonl"], "dataset gone.jsonl does not exist"),

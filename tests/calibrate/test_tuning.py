@@ -14,7 +14,7 @@ from calibrate.chain import NonFiniteError, advance, relative_distance
 from calibrate.clock import Clock
 from calibrate.config import Recipe
 from calibrate.rounding import OFFSET_UNIT
-from calibrate.tuning import TunedBlock, Verdict, _order, _rates, tune_block
+from calibrate.tuning import TunedBlock, Verdict, _rates, sample_order, tune_block
 from calibrate.workbench import Workbench
 from tests.calibrate.conftest import COMMON, make_model
 from vllm_autoround.format.scheme import QuantScheme
@@ -110,7 +110,7 @@ def test_a_block_that_tuning_makes_worse_keeps_its_start() -> None:
 
 def test_held_out_samples_are_not_tuned_on(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
-    monkeypatch.setattr("calibrate.tuning._order", lambda *args: drawn.append(_order(*args)) or drawn[-1])
+    monkeypatch.setattr("calibrate.tuning.sample_order", lambda *args: drawn.append(sample_order(*args)) or drawn[-1])
     tune(6, heldout=2)
     assert set(drawn[0].flatten().tolist()) == set(range(6))
 
@@ -176,7 +176,7 @@ def test_rounding_is_judged_once_and_cannot_be_worse_than_itself(monkeypatch: py
 
 
 def test_every_sample_comes_once_before_any_comes_again() -> None:
-    drawn = _order(10, (5, 1, 4), torch.Generator().manual_seed(0)).flatten().tolist()
+    drawn = sample_order(10, (5, 1, 4), torch.Generator().manual_seed(0)).flatten().tolist()
     assert sorted(drawn[:10]) == sorted(drawn[10:20]) == list(range(10))
 
 
