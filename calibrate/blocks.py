@@ -165,6 +165,13 @@ def _same(left: Any, right: Any) -> bool:
     left_leaves, left_spec = pytree.tree_flatten(left)
     right_leaves, right_spec = pytree.tree_flatten(right)
     return left_spec == right_spec and all(
-        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
+        _same_values(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
         for a, b in zip(left_leaves, right_leaves, strict=True)
     )
+
+
+def _same_values(left: Tensor, right: Tensor) -> bool:
+    """Of floats, up to the rounding of bfloat16: the same code on several threads need not give the same bits."""
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    return torch.allclose(left, right, 1e-2, 1e-2) if left.is_floating_point() else torch.equal(left, right)

@@ -31,12 +31,22 @@ def advance(
         NonFiniteError: an output that is not finite; names the first layer that made one.
     """
     device = next(block.parameters()).device
+    last: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+
+    def finish(part: Tensor, inputs: Tensor, output: Tensor, finite: Tensor) -> None:
+        if not finite:
+            raise NonFiniteError(f"{first_non_finite(block, inputs, arguments)} gives a value that is not finite")
+        part.copy_(output)
+
     for part in token_parts(hidden):
         inputs = part.to(device)
         output = forward(block, inputs, arguments)
-        if not output.isfinite().all():
-            raise NonFiniteError(f"{first_non_finite(block, inputs, arguments)} gives a value that is not finite")
-        part.copy_(output)
+        # One part late, so that the device has the next one to do while the host waits for what it found.
+        if last is not None:
+            finish(*last)
+        last = (part, inputs, output, output.isfinite().all())
+    if last is not None:
+        finish(*last)
 
 
 def relative_distance(hidden: Tensor, reference: Tensor, real: Tensor | None = None) -> float:

@@ -23,9 +23,9 @@ from calibrate.config import CalibrationConfig, Recipe
 from calibrate.plan import Plan
 from calibrate.report import EndToEndReport, Progress, Stopwatch
 from calibrate.resident import ResidentBlock, on_device
-from calibrate.steps import Loss
 from calibrate.tail import ModelTail
 from calibrate.tuning import sample_order
+from calibrate.workbench import Loss
 from vllm_autoround.format.weights import QuantizedWeight
 
 _BETAS = (0.9, 0.98)

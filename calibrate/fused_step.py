@@ -9,25 +9,12 @@ Three things make the bits the same: divisions are IEEE's (`tl.div_rn`), product
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from calibrate.rounding import MOST_OFFSET, OFFSET_UNIT, SUM_CHUNK, Gradients, Rounding, Target
-from vllm_autoround.format.grids import E2M1, FloatGrid
-from vllm_autoround.format.weights import Float8, Integer, Mx, NvFp4, WeightType
-
-_PROGRAM_WEIGHTS = 1024  # that a program holds at once, or one chunk of a longer group
-_WARP_WEIGHTS = 256
-
-
-def supports(target: Target) -> bool:
-    """Whether groups are rows, or parts of a row of a power of two."""
-    rows, columns = target.tile
-    width = target.weight.shape[1]
-    return rows == 1 and (columns == width or (width % columns == 0 and columns & (columns - 1) == 0))
+from calibrate.kernel_parts import clamp, layout, neighbour_sum, quantize, scale_and_zero, sign, type_constants
+from calibrate.rounding import MOST_OFFSET, OFFSET_UNIT, Gradients, Rounding, Target
 
 
 def fused_sign_step(
@@ -63,57 +50,27 @@ def _launch(
     momentum: float,
     most_clip: float,
 ) -> None:
-    group, groups = target.tile.columns, target.bounds.low.numel()
-    block = min(triton.next_power_of_2(group), SUM_CHUNK)
-    per_program = 1 if group > block else max(1, _PROGRAM_WEIGHTS // block)
+    where = layout(target)
     tensors: list[Tensor | None] = [target.weight, grad, rounding.offset, None if means is None else means.offset, out]
     tensors += [target.bounds.low, target.bounds.high, rounding.low_clip, rounding.high_clip]
     tensors += [None, None] if means is None else [means.low_clip, means.high_clip]
     tensors += [target.global_scale, rate, finite]
     if not all(tensor is None or tensor.is_contiguous() for tensor in tensors):
         raise ValueError("the kernel takes contiguous tensors only")
-    _step[(triton.cdiv(groups, per_program),)](
+    _step[where.programs](
         *tensors,
-        groups,
-        **_type_constants(target.type),
-        GROUP=group,
-        BLOCK=block,
-        LEVELS=block.bit_length() - 1,
-        GROUPS=per_program,
+        where.groups,
+        **type_constants(target.type),
+        **where.constants,
         STEP=grad is not None,
         MOMENTUM=None if means is None else momentum,
         FRESH=1 - momentum,
         MOST_CLIP=most_clip,
         UNIT=OFFSET_UNIT,
         MOST_OFFSET=MOST_OFFSET,
-        num_warps=per_program * block // _WARP_WEIGHTS,
+        num_warps=where.warps,
         enable_fp_fusion=False,
     )
-
-
-def _type_constants(kind: WeightType) -> dict[str, Any]:
-    """The type as the kernel knows it."""
-    match kind:
-        case Integer():
-            name = "symmetric" if kind.symmetric else "asymmetric"
-            return {"TYPE": name, "HIGHEST": float(kind.max_code), "ZERO": kind.zero} | _grid_constants(E2M1)
-        case Float8(grid=grid):
-            name = "fp8"
-        case NvFp4(grid=grid):
-            name = "nvfp4"
-        case Mx(grid=grid):
-            name = "mx"
-        case _:
-            raise TypeError(f"no kernel for {kind}")
-    return {"TYPE": name, "HIGHEST": grid.highest, "ZERO": 0.0} | _grid_constants(grid)
-
-
-def _grid_constants(grid: FloatGrid) -> dict[str, float]:
-    return {
-        "LEAST_POWER": 2.0**grid.min_exponent,
-        "MANTISSA_UNIT": 2.0**-grid.mantissa_bits,
-        "TOP_POWER_INVERSE": 2.0**-grid.max_exponent,
-    }
 
 
 @triton.jit
@@ -168,7 +125,7 @@ def _step(
         clip_rate = tl.load(rate + 1)
         low = low_b * low_c
         high = high_b * high_c
-        scale, zero = _scale(low, high, g_scale, dtype, TYPE, HIGHEST, ZERO, TOP_POWER_INVERSE)
+        scale, zero = scale_and_zero(low, high, g_scale, dtype, TYPE, HIGHEST, ZERO, TOP_POWER_INVERSE)
         slopes = tl.zeros([GROUPS, BLOCK], tl.float32)
         zero_slopes = tl.zeros([GROUPS, BLOCK], tl.float32)
         for start in tl.static_range(0, GROUP, BLOCK):
@@ -177,7 +134,7 @@ def _step(
             w = tl.load(weight + at, mask=here, other=0.0).to(tl.float32)
             v = tl.load(offset + at, mask=here, other=0).to(tl.float32)
             g = tl.load(grad + at, mask=here, other=0.0).to(tl.float32)
-            value, inside, position = _quantize(w, v, scale, zero, TYPE, HIGHEST, LEAST_POWER, MANTISSA_UNIT, UNIT)
+            value, inside, position = quantize(w, v, scale, zero, TYPE, HIGHEST, LEAST_POWER, MANTISSA_UNIT, UNIT)
             slopes += g * ((value - zero[:, None]) - tl.where(inside, position, 0.0))
             pull = scale[:, None] * g
             if TYPE == "asymmetric":
@@ -186,12 +143,12 @@ def _step(
             if MOMENTUM is not None:
                 pull = tl.load(mean + at, mask=here, other=0.0).to(tl.float32) * MOMENTUM + pull * FRESH
                 tl.store(mean + at, pull.to(tl.bfloat16), mask=here)
-            v = _clamp(v - offset_rate * _sign(pull), -MOST_OFFSET, MOST_OFFSET)
+            v = clamp(v - offset_rate * sign(pull), -MOST_OFFSET, MOST_OFFSET)
             tl.store(offset + at, v.to(tl.int16), mask=here)
 
-        d_scale = _neighbour_sum(slopes, BLOCK, LEVELS)
+        d_scale = neighbour_sum(slopes, BLOCK, LEVELS)
         if TYPE == "asymmetric":
-            d_zero = _neighbour_sum(zero_slopes, BLOCK, LEVELS)
+            d_zero = neighbour_sum(zero_slopes, BLOCK, LEVELS)
             d_high = (d_scale + tl.div_rn(d_zero * low, scale * scale)) * (1 / HIGHEST)
             d_low = -d_high - tl.div_rn(d_zero, scale)
         else:
@@ -207,122 +164,20 @@ def _step(
             d_high = tl.load(high_mean + group, mask=exists, other=0.0) * MOMENTUM + d_high * FRESH
             tl.store(low_mean + group, d_low, mask=exists)
             tl.store(high_mean + group, d_high, mask=exists)
-        low_c = _clamp(low_c - clip_rate * _sign(d_low), 0.0, MOST_CLIP)
-        high_c = _clamp(high_c - clip_rate * _sign(d_high), 0.0, MOST_CLIP)
+        low_c = clamp(low_c - clip_rate * sign(d_low), 0.0, MOST_CLIP)
+        high_c = clamp(high_c - clip_rate * sign(d_high), 0.0, MOST_CLIP)
         tl.store(low_clip + group, low_c, mask=exists)
         tl.store(high_clip + group, high_c, mask=exists)
 
     if GROUP > BLOCK:
         tl.debug_barrier()  # offsets are read back that other threads may have written
-    scale, zero = _scale(low_b * low_c, high_b * high_c, g_scale, dtype, TYPE, HIGHEST, ZERO, TOP_POWER_INVERSE)
+    scale, zero = scale_and_zero(low_b * low_c, high_b * high_c, g_scale, dtype, TYPE, HIGHEST, ZERO, TOP_POWER_INVERSE)
     for start in tl.static_range(0, GROUP, BLOCK):
         at = group[:, None].to(tl.int64) * GROUP + start + column[None, :]
         here = exists[:, None] & (start + column < GROUP)[None, :]
         if not STEP or GROUP > BLOCK:
             w = tl.load(weight + at, mask=here, other=0.0).to(tl.float32)
             v = tl.load(offset + at, mask=here, other=0).to(tl.float32)
-        value, inside, position = _quantize(w, v, scale, zero, TYPE, HIGHEST, LEAST_POWER, MANTISSA_UNIT, UNIT)
+        value, inside, position = quantize(w, v, scale, zero, TYPE, HIGHEST, LEAST_POWER, MANTISSA_UNIT, UNIT)
         fake = (scale[:, None] * (value - zero[:, None])).to(dtype)
         tl.store(out + at, fake.to(out.dtype.element_ty), mask=here)
-
-
-@triton.jit
-def _scale(
-    low,
-    high,
-    global_scale,
-    dtype: tl.constexpr,
-    TYPE: tl.constexpr,
-    HIGHEST: tl.constexpr,
-    ZERO: tl.constexpr,
-    TOP_POWER_INVERSE: tl.constexpr,
-):
-    """`WeightType.scale_and_zero_point` of [GROUPS]."""
-    zero = tl.zeros_like(low) + ZERO
-    if TYPE == "symmetric":
-        scale = _away_from_zero(tl.where(high >= -low, high, low) * (-1 / ZERO), dtype)
-    elif TYPE == "asymmetric":
-        scale = _away_from_zero(tl.div_rn(high - low, tl.zeros_like(low) + HIGHEST), dtype)
-        zero = _clamp(_round(tl.div_rn(-low, scale)), 0.0, HIGHEST)
-    elif TYPE == "fp8":
-        scale = _away_from_zero(tl.div_rn(tl.maximum(-low, high), tl.zeros_like(low) + HIGHEST), dtype)
-    elif TYPE == "nvfp4":
-        amax = tl.div_rn(tl.maximum(-low, high), tl.zeros_like(low) + HIGHEST)
-        scale = _round_to_grid(global_scale * amax, 448.0, 0.015625, 0.125)
-        scale = tl.div_rn(tl.maximum(scale, 0.001953125), tl.zeros_like(low) + global_scale)
-    else:
-        scale = tl.maximum(_power_of_two(tl.maximum(-low, high)) * TOP_POWER_INVERSE, 2.0**-126)
-    return scale, zero
-
-
-@triton.jit
-def _quantize(
-    w,
-    v,
-    scale,
-    zero,
-    TYPE: tl.constexpr,
-    HIGHEST: tl.constexpr,
-    LEAST_POWER: tl.constexpr,
-    MANTISSA_UNIT: tl.constexpr,
-    UNIT: tl.constexpr,
-):
-    """`calibrate.rounding._quantize` of [GROUPS, BLOCK]: value, inside and position."""
-    position = tl.div_rn(w, tl.zeros_like(w) + scale[:, None])
-    if TYPE == "symmetric" or TYPE == "asymmetric":
-        value = _round(position + v * UNIT) + zero[:, None]
-        inside = (value >= 0.0) & (value <= HIGHEST)
-        value = _clamp(value, 0.0, HIGHEST)
-    else:
-        moved = position + v * UNIT * _spacing(position, HIGHEST, LEAST_POWER, MANTISSA_UNIT)
-        inside = tl.abs(moved) <= HIGHEST
-        value = _round_to_grid(moved, HIGHEST, LEAST_POWER, MANTISSA_UNIT)
-    return value, inside, position
-
-
-@triton.jit
-def _away_from_zero(scale, dtype: tl.constexpr):
-    scale = tl.where(scale < 0, tl.minimum(scale, -1e-5), tl.maximum(scale, 1e-5))
-    return scale.to(dtype).to(tl.float32)
-
-
-@triton.jit
-def _round(x):
-    """To the nearest whole number, ties to even, if |x| < 2^22; a larger x stays as large."""
-    return (x + 12582912.0) - 12582912.0  # 1.5 * 2^23, where float32 has no fractions
-
-
-@triton.jit
-def _power_of_two(x):
-    return (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _spacing(x, HIGHEST: tl.constexpr, LEAST_POWER: tl.constexpr, MANTISSA_UNIT: tl.constexpr):
-    return tl.maximum(_power_of_two(_clamp(x, -HIGHEST, HIGHEST)), LEAST_POWER) * MANTISSA_UNIT
-
-
-@triton.jit
-def _round_to_grid(x, HIGHEST: tl.constexpr, LEAST_POWER: tl.constexpr, MANTISSA_UNIT: tl.constexpr):
-    x = _clamp(x, -HIGHEST, HIGHEST)
-    spacing = _spacing(x, HIGHEST, LEAST_POWER, MANTISSA_UNIT)
-    inverse = (0x7F000000 - spacing.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)  # of a power of two
-    return _round(x * inverse) * spacing
-
-
-@triton.jit
-def _neighbour_sum(x, BLOCK: tl.constexpr, LEVELS: tl.constexpr):
-    """[GROUPS, BLOCK] -> [GROUPS] in the order of `ordered_sum`: two numbers have one sum, whatever the layout."""
-    for level in tl.static_range(LEVELS):
-        x = tl.sum(tl.reshape(x, [x.shape[0], BLOCK >> (level + 1), 2]), axis=2)
-    return tl.reshape(x, [x.shape[0]])
-
-
-@triton.jit
-def _clamp(x, least, most):
-    return tl.minimum(tl.maximum(x, least), most)
-
-
-@triton.jit
-def _sign(x):
-    return (x > 0).to(tl.float32) - (x < 0).to(tl.float32)

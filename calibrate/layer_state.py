@@ -123,11 +123,12 @@ def _quantizer(target: Target, rounding: Rounding, recipe: Recipe, most_clip: fl
         return _Quantizer(partial(adamw, most_clip=most_clip), _install, False, adamw.restart)
     step, install, recordable = sign_step, _install, False
     if target.weight.device.type == "cuda":
-        from calibrate import fused_step  # noqa: PLC0415 (needs Triton, which a CPU may be without)
+        # Triton, which a CPU may be without.
+        from calibrate import fused_step, kernel_parts  # noqa: PLC0415
 
         # Replayed from a CUDA graph, the compiled step of 128 x 128 tiles gave other results than called from Python.
         # Why was not found, so nothing compiled is recorded.
-        recordable = fused_step.supports(target)
+        recordable = kernel_parts.supports(target)
         if recordable:
             step, install = fused_step.fused_sign_step, fused_step.fused_fake_quantize
         else:

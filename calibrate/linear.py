@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,8 @@ from calibrate.fp8_matmul import fp8_linear
 class WorkingLinear(nn.Linear):
     """What `make_working` makes of a layer [N, K]."""
 
-    quantized_input: QuantizedInput | None = None  # gradients pass straight through
-    fp8_most: Tensor | None = None  # scalar; multiply in FP8, with a weight that is below this
+    quantized_input: QuantizedInput | None  # gradients pass straight through
+    fp8_most: Tensor | None  # scalar; multiply in FP8, with a weight that is below this
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., K] -> [..., N]."""
@@ -38,6 +38,9 @@ def make_working(module: nn.Module) -> nn.Module:
     for part in module.modules():
         if type(part) is nn.Linear:
             part.__class__ = WorkingLinear
+            layer = cast(WorkingLinear, part)
+            # Of the instance from the beginning: compiled code that found them elsewhere would be compiled again.
+            layer.quantized_input = layer.fp8_most = None
     return module
 
 

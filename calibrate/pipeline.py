@@ -32,10 +32,9 @@ from calibrate.plan import Plan, make_plan
 from calibrate.report import BlockReport, Stopwatch, decibels, environment, peak_memory, progress_bars, summary_table
 from calibrate.resident import install
 from calibrate.source import load_source
-from calibrate.steps import Loss
 from calibrate.tail import ModelTail
 from calibrate.tuning import TunedBlock, mean_squared_error, tune_block
-from calibrate.workbench import Workbench, WorkingBlock
+from calibrate.workbench import Loss, Workbench, WorkingBlock
 from vllm_autoround.format.scheme import QuantScheme
 from vllm_autoround.format.weights import QuantizedWeight
 

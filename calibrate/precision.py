@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calibrate.steps import Loss
-from calibrate.workbench import WorkingBlock
+from calibrate.workbench import Loss, WorkingBlock
 
 
 @torch.enable_grad()

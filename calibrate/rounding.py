@@ -203,7 +203,7 @@ def group_errors(target: Target, rounding: Rounding, importance: Tensor) -> Tens
     state = _quantize(target, rounding)
     error = state.scale * (state.value - state.zero) - target.tile.split(target.weight.float())
     weights = target.tile.split(importance.float().expand_as(target.weight))
-    return (error.square() * weights).sum((1, 3))
+    return ordered_sum(error.square() * weights)
 
 
 class Grid(NamedTuple):

@@ -6,12 +6,13 @@ it; with few bits the full range is far from the best one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import product
 
 import torch
 from torch import Tensor
 
-from calibrate.compilation import compiled
 from calibrate.rounding import Rounding, Target, group_errors
 from vllm_autoround.format.weights import Bounds, Float8, Integer, Mx, NvFp4, WeightType
 
@@ -30,39 +31,62 @@ def search_scales(target: Target, importance: Tensor) -> tuple[Target, Rounding]
     if target.type.symmetric:
         amax = torch.maximum(-target.bounds.low, target.bounds.high)
         target = Target(target.weight, Bounds(-amax, amax), target.type, target.global_scale)
-    device = target.weight.device
-    better = _better if device.type == "cpu" else compiled(_better)
+    return target, Rounding.nearest(target, *_finder(target)(target, importance, Candidates.of(target.type)))
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The clips that are tried."""
+
+    coarse: list[tuple[float, float]]  # low and high; 0 keeps that bound out of the range
+    fine: list[list[tuple[float, float]]]  # rounds of steps away from the best so far
+
+    @classmethod
+    def of(cls, kind: WeightType) -> Candidates:
+        """Those of a weight type; where its scales are coarse, no finer than they are."""
+        return cls(_coarse(kind), _fine(kind))
+
+
+def best_clips(target: Target, importance: Tensor, candidates: Candidates) -> tuple[Tensor, Tensor]:
+    """For each group the low and high clips [R, C] with the least `group_errors`, the first of them among equals."""
     ones = torch.ones_like(target.bounds.low)
-    best = Rounding.nearest(target, ones, ones)
-    least = group_errors(target, best, importance)
-    # Tensors, so that one compilation serves all candidates.
-    for low_clip, high_clip in torch.tensor(_coarse(target.type), device=device):
-        best, least = better(target, best, least, ones * low_clip, ones * high_clip, importance)
-    for steps in _fine(target.type):
+    best = (ones, ones)
+    least = group_errors(target, Rounding.nearest(target, *best), importance)
+
+    def attempt(low_clip: Tensor, high_clip: Tensor) -> None:
+        nonlocal best, least
+        error = group_errors(target, Rounding.nearest(target, low_clip, high_clip), importance)
+        won = error < least
+        best = (torch.where(won, low_clip, best[0]), torch.where(won, high_clip, best[1]))
+        least = torch.where(won, error, least)
+
+    for low_clip, high_clip in candidates.coarse:
+        attempt(ones * low_clip, ones * high_clip)
+    for steps in candidates.fine:
         start = best
-        for low_step, high_step in torch.tensor(steps, device=device):
-            clips = (_move(start.low_clip, low_step), _move(start.high_clip, high_step))
-            best, least = better(target, best, least, *clips, importance)
-    return target, best
+        for low_step, high_step in steps:
+            attempt(_move(start[0], low_step), _move(start[1], high_step))
+    return best
 
 
-def _better(
-    target: Target, best: Rounding, least: Tensor, low_clip: Tensor, high_clip: Tensor, importance: Tensor
-) -> tuple[Rounding, Tensor]:
-    """For each group the better of the best clips so far, whose errors are ``least``, and these."""
-    error = group_errors(target, Rounding(best.offset, low_clip, high_clip), importance)
-    won = error < least
-    clips = (torch.where(won, low_clip, best.low_clip), torch.where(won, high_clip, best.high_clip))
-    return Rounding(best.offset, *clips), torch.where(won, error, least)
+def _finder(target: Target) -> Callable[[Target, Tensor, Candidates], tuple[Tensor, Tensor]]:
+    if target.weight.device.type == "cuda":
+        # Triton, which a CPU may be without.
+        from calibrate.fused_search import fused_best_clips  # noqa: PLC0415
+        from calibrate.kernel_parts import supports  # noqa: PLC0415
+
+        if supports(target):
+            return fused_best_clips
+    return best_clips
 
 
-def _move(clip: Tensor, step: Tensor) -> Tensor:
+def _move(clip: Tensor, step: float) -> Tensor:
     """A clip of 0 stays out of the range."""
     return torch.where(clip > 0, clip + step, clip)
 
 
 def _coarse(kind: WeightType) -> list[tuple[float, float]]:
-    """Clips to begin with; as fine as the type's scales are, where these are coarse."""
+    """Clips to begin with."""
     match kind:
         case Integer(symmetric=False):
             ratios = torch.linspace(0.4, 1.1, 8).tolist()
@@ -80,7 +104,7 @@ def _coarse(kind: WeightType) -> list[tuple[float, float]]:
 
 
 def _fine(kind: WeightType) -> list[list[tuple[float, float]]]:
-    """Rounds of steps away from the best clips so far."""
+    """Rounds of steps."""
     if not isinstance(kind, Integer):
         return []
     if kind.symmetric:

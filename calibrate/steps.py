@@ -15,10 +15,7 @@ import torch
 from torch import Tensor
 
 from calibrate.layer_state import LayerState
-from calibrate.workbench import WorkingBlock
-
-# Output and target [B, T, H], and which tokens count [B, T] bool, None if all do -> mean over them, scalar float32.
-Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+from calibrate.workbench import Loss, Samples, WorkingBlock
 
 GRAPHED = True  # where every layer can be recorded; False for measurements
 
@@ -38,15 +35,19 @@ class Steps:
         real: Tensor | None,
         loss: Loss,
         shape: tuple[int, int, int],
+        *,
+        loss_compiles: bool = False,
     ) -> None:
         """Steps over samples of ``inputs`` and ``outputs`` [S, T, H], on the device or pinned.
 
         Args:
             real: [S, T] bool on the device, the tokens that count; None: all.
             shape: steps, batches a step, samples a batch.
+            loss_compiles: see `WorkingBlock.loss_of`.
         """
         device = working.device
-        self._working, self._layers, self._loss, self._real = working, layers, loss, real
+        self._working, self._layers, self._real = working, layers, real
+        self._loss, self._loss_compiles = loss, loss_compiles
         self._step = torch.zeros(1, dtype=torch.long, device=device)
         self._order = torch.zeros(shape, dtype=torch.long, device=device)
         self._rates = torch.zeros(shape[0], 2, device=device)
@@ -101,8 +102,8 @@ class Steps:
 
     def _one_step(self) -> None:
         for batch, share in enumerate(self._shares()):
-            inputs, targets = self._feed.batch(batch)
-            error = self._loss(self._working.run(inputs), targets, self._counted(batch)) * share
+            samples, counted = self._feed.batch(batch), self._counted(batch)
+            error = self._working.loss_of(self._loss, samples, counted, compiles=self._loss_compiles) * share
             error.backward()
             self.losses.index_add_(0, self._step, error.detach().reshape(1))
         rate = self._rates.index_select(0, self._step)[0]
@@ -155,10 +156,9 @@ class _Gather:
     def ready(self, step: int) -> None:
         """Nothing to wait for."""
 
-    def batch(self, number: int) -> tuple[Tensor, Tensor]:
-        """Inputs and outputs [B, T, H] of the current step's batch."""
-        picked = self._order.index_select(0, self._step)[0, number]
-        return self._inputs.index_select(0, picked), self._outputs.index_select(0, picked)
+    def batch(self, number: int) -> Samples:
+        """Those of the current step's batch."""
+        return Samples(self._inputs, self._outputs, self._order.index_select(0, self._step)[0, number])
 
 
 class _Stage:
@@ -185,10 +185,10 @@ class _Stage:
             current.copy_(fetched)
         self._fetch((step + 1) % len(self._order))
 
-    def batch(self, number: int) -> tuple[Tensor, Tensor]:
-        """Inputs and outputs [B, T, H] of the current step's batch."""
+    def batch(self, number: int) -> Samples:
+        """Those of the current step's batch."""
         inputs, outputs = self._current
-        return inputs[number], outputs[number]
+        return Samples(inputs[number], outputs[number])
 
     def _fetch(self, step: int) -> None:
         self._stream.wait_stream(torch.cuda.current_stream())

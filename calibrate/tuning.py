@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from calibrate.activations import InputStatistics
 from calibrate.chain import NonFiniteError, first_non_finite, relative_distance
 from calibrate.clock import Clock
-from calibrate.compilation import compiled
 from calibrate.config import Recipe
 from calibrate.fp8_matmul import has_fp8
 from calibrate.gptq import gptq
@@ -28,8 +27,8 @@ from calibrate.layer_state import LayerReport, LayerState
 from calibrate.precision import fp8_suffices
 from calibrate.rounding import MOST_CLIP, OFFSET_UNIT, Rounding, Target, freeze, targets
 from calibrate.scale_search import search_scales
-from calibrate.steps import Loss, Steps
-from calibrate.workbench import WorkingBlock
+from calibrate.steps import Steps
+from calibrate.workbench import Loss, WorkingBlock
 from vllm_autoround.format.scheme import QuantScheme
 from vllm_autoround.format.weights import QuantizedWeight
 
@@ -249,8 +248,8 @@ def _set_up(
         modules = {name: cast(nn.Linear, working.module.get_submodule(name)) for name in schemes}
         layers = {name: LayerState(modules[name], *starts[name], recipe, most_clip) for name in schemes}
         states = list(layers.values())
-        step_loss = compiled(loss) if working.compiled and loss is mean_squared_error else loss
-        return layers, Steps(working, states, inputs, outputs, real, step_loss, shape)
+        compiles = loss is mean_squared_error
+        return layers, Steps(working, states, inputs, outputs, real, loss, shape, loss_compiles=compiles)
 
     # What steps cannot be told again. They hold on to samples and loss, so no other can have the address of these.
     samples = (inputs.data_ptr(), inputs.shape, outputs.data_ptr(), None if real is None else real.data_ptr())

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,19 @@ from calibrate.rounding import MOST_CLIP
 
 _Kept = TypeVar("_Kept")
 
+# Output and target [B, T, H], and which tokens count [B, T] bool, None if all do -> mean over them, scalar float32.
+Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
 _COMPILED_WEIGHTS = 100_000_000  # in a block; compiling takes half a minute, and saves the more the larger a block is
 _MAKES = 2  # remembered at once: models that alternate between two kinds of attention have as many
+
+
+class Samples(NamedTuple):
+    """What goes into a block, and what should come out, [B, T, H]."""
+
+    inputs: Tensor
+    targets: Tensor
+    picked: Tensor | None = None  # [B] the numbers of those that are meant, if there are more; compiled, none is copied
 
 
 class WorkingBlock:
@@ -59,6 +70,17 @@ class WorkingBlock:
     def run(self, hidden: Tensor) -> Tensor:
         """hidden [B, T, H] -> [B, T, H]; compiled code, if any, does not see hooks."""
         return self._forward(self.module, hidden, self.arguments)
+
+    def loss_of(self, loss: Loss, samples: Samples, real: Tensor | None = None, *, compiles: bool = False) -> Tensor:
+        """The loss of the block's output for some samples, scalar float32.
+
+        Args:
+            real: [B, T] bool, the tokens that count; None: all.
+            compiles: ``loss`` is a plain function that may become part of compiled code.
+        """
+        if self.compiled and compiles:
+            return cast(Tensor, compiled(_loss_of)(run_block, self.module, self.arguments, loss, samples, real))
+        return _loss_of(self._forward, self.module, self.arguments, loss, samples, real)
 
     def advance(self, hidden: Tensor) -> None:
         """`calibrate.chain.advance` through this block."""
@@ -115,6 +137,20 @@ class WorkingBlock:
             if name not in self.originals:
                 self.originals[name] = torch.empty_like(mine, dtype=weight.dtype)
             self.originals[name].copy_(mine if mine.dtype == weight.dtype else weight)
+
+
+def _loss_of(
+    forward: Callable[[nn.Module, Tensor, dict[str, Any]], Tensor],
+    module: nn.Module,
+    arguments: dict[str, Any],
+    loss: Loss,
+    samples: Samples,
+    real: Tensor | None,
+) -> Tensor:
+    inputs, targets, picked = samples
+    if picked is not None:
+        inputs, targets = inputs.index_select(0, picked), targets.index_select(0, picked)
+    return loss(forward(module, inputs, arguments), targets, real)
 
 
 class Workbench:

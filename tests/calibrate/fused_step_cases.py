@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from calibrate.rounding import MOST_OFFSET, Gradients, Rounding, Target, fake_quantize, sign_step, targets
+from calibrate.scale_search import Candidates, best_clips
 from vllm_autoround.format.weights import Float8, Integer, Mx, NvFp4, WeightType
 
 SOME_TYPES: list[WeightType] = [
@@ -137,3 +138,29 @@ def check(
     mine.out.fill_(float("nan"))
     fused_fake_quantize(mine.target, mine.rounding, mine.out)
     assert torch.equal(mine.out.to(reference_device), fake_quantize(reference.target, reference.rounding).to(out))
+
+
+def check_search(
+    kind: WeightType, device: str, *, shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16, seed: int = 0
+) -> None:
+    """The kernel's clips are those of `best_clips` on the CPU, number for number."""
+    from calibrate.fused_search import fused_best_clips
+
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(shape, generator=generator).to(dtype)
+    weight[0, :7] = torch.tensor([0.0, 1e-30, -40.0, 3.0, -3.0, 1e-3, 0.0]).to(dtype)
+    weight[-1] = 0
+    importance = torch.rand(shape[1], generator=generator).square() * 100
+    [target] = targets([weight], kind)
+    if kind.symmetric:
+        amax = torch.maximum(-target.bounds.low, target.bounds.high)
+        target = Target(weight, type(target.bounds)(-amax, amax), kind, target.global_scale)
+    candidates = Candidates.of(kind)
+    expected = best_clips(target, importance, candidates)
+    scale = None if target.global_scale is None else target.global_scale.to(device)
+    bounds = type(target.bounds)(*(bound.to(device) for bound in target.bounds))
+    there = Target(weight.to(device), bounds, kind, scale)
+    found = fused_best_clips(there, importance.to(device), candidates)
+    for mine, reference in zip(found, expected, strict=True):
+        assert torch.equal(mine.cpu(), reference), (mine.cpu() != reference).sum()
+    assert len(expected[1].unique()) > 1 or len(candidates.coarse) == 1

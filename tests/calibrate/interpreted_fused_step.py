@@ -1,4 +1,5 @@
-"""Run by test_fused_step.py under TRITON_INTERPRET=1: the kernel of a tuning step on Triton's interpreter."""
+"""Run by test_fused_step.py under TRITON_INTERPRET=1: the kernels of a tuning step and of the scale search on Triton's
+interpreter."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from tests.calibrate.fused_step_cases import SOME_TYPES, check
+from tests.calibrate.fused_step_cases import SOME_TYPES, check, check_search
 from vllm_autoround.format.weights import Float8, Integer, NvFp4, WeightType
 
 
@@ -50,6 +51,17 @@ def test_every_dtype_without_momentum(kind: WeightType, dtype: torch.dtype, out:
     "kind", [Integer(bits=4, group_size=None, symmetric=False), Float8(strategy="channel")], ids=str
 )
 def test_rows_longer_than_a_chunk_and_no_multiple_of_one(kind: WeightType, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("calibrate.rounding", "calibrate.fused_step"):
+    for module in ("calibrate.rounding", "calibrate.kernel_parts"):
         monkeypatch.setattr(f"{module}.SUM_CHUNK", 256)
     check(kind, "cpu", shape=(9, 600), steps=3)
+
+
+@pytest.mark.parametrize("kind", SOME_TYPES, ids=str)
+def test_the_search(kind: WeightType) -> None:
+    check_search(kind, "cpu", shape=(5, 256))
+
+
+def test_the_search_in_rows_longer_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("calibrate.rounding", "calibrate.kernel_parts"):
+        monkeypatch.setattr(f"{module}.SUM_CHUNK", 256)
+    check_search(Integer(bits=3, group_size=None, symmetric=False), "cpu", shape=(5, 600))

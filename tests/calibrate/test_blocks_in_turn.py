@@ -40,9 +40,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Counted:
             super().__init__(*args, **settings)
 
     class CountedSteps(Steps):
-        def __init__(self, *args: object) -> None:
+        def __init__(self, *args: object, **settings: object) -> None:
             counted.steps += 1
-            super().__init__(*args)
+            super().__init__(*args, **settings)
 
     monkeypatch.setattr(workbench, "WorkingBlock", CountedBlock)
     monkeypatch.setattr(tuning, "Steps", CountedSteps)

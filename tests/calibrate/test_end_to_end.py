@@ -27,7 +27,7 @@ from calibrate.linear import make_working, quantized_inputs
 from calibrate.plan import make_plan
 from calibrate.resident import ResidentBlock, rescaled, served
 from calibrate.source import load_source
-from calibrate.steps import Loss
+from calibrate.workbench import Loss
 from calibrate.tail import ModelTail
 from tests.calibrate.conftest import COMMON, make_model
 from tests.conftest import DEMO_MODEL

@@ -1,11 +1,11 @@
-"""The fused step, compiled for the GPU, against its reference on the CPU and on the GPU: number for number."""
+"""The fused step and scale search, compiled for the GPU, against their references: number for number."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from tests.calibrate.fused_step_cases import ALL_TYPES, SOME_TYPES, check
+from tests.calibrate.fused_step_cases import ALL_TYPES, SOME_TYPES, check, check_search
 from vllm_autoround.format.weights import Float8, Integer, NvFp4, WeightType
 
 pytestmark = pytest.mark.gpu
@@ -34,6 +34,16 @@ def test_every_dtype_without_momentum(kind: WeightType, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("columns", [3072, 11008, 14336])
 def test_rows_longer_than_a_chunk(kind: WeightType, columns: int) -> None:
     check(kind, "cuda", shape=(9, columns))
+
+
+@pytest.mark.parametrize("kind", ALL_TYPES, ids=str)
+def test_the_search_against_the_cpu(kind: WeightType) -> None:
+    check_search(kind, "cuda", shape=(67, 768))
+
+
+@pytest.mark.parametrize("kind", [Integer(bits=3, group_size=None), Float8(strategy="channel")], ids=str)
+def test_the_search_in_rows_longer_than_a_chunk(kind: WeightType) -> None:
+    check_search(kind, "cuda", shape=(9, 14336))
 
 
 @pytest.mark.parametrize("kind", [Integer(bits=4, group_size=128), NvFp4()], ids=str)

@@ -6,6 +6,7 @@ E4M3 (OCP 8-bit floating point specification, the variant without infinities): u
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,7 @@ class FloatGrid:
     @property
     def max_exponent(self) -> int:
         """The exponent of ``highest``."""
-        return int(torch.tensor(self.highest).log2().floor())
+        return math.frexp(self.highest)[1] - 1
 
     def spacing(self, x: Tensor) -> Tensor:
         """Distance between the grid's values around each x (float32)."""
