@@ -191,8 +191,8 @@ def _recipes(args: argparse.Namespace) -> dict[str, Recipe]:
     for name in args.recipes:
         recipe = RECIPES[name]
         nsamples = args.nsamples if recipe.nsamples == 128 else max(args.nsamples, recipe.nsamples)
-        for precision in args.precisions if recipe.iters else ["bf16"]:
-            label = name if precision == "bf16" else f"{name} {precision}"
+        for precision in args.precisions if recipe.iters and args.precisions else [recipe.tuning_precision]:
+            label = f"{name} {precision}" if recipe.iters and args.precisions else name
             recipes[label] = replace(recipe, nsamples=nsamples, seqlen=args.seqlen, tuning_precision=precision)
     return recipes
 
@@ -248,7 +248,7 @@ def _parse() -> argparse.Namespace:
     what.add_argument("--schemes", nargs="+", default=["W4A16", "W3A16"], help="default: W4A16 W3A16")
     what.add_argument("--recipes", nargs="+", default=["rtn", "default"], choices=RECIPES, help="default: rtn default")
     what.add_argument(
-        "--precisions", nargs="+", default=["bf16"], choices=get_args(Precision), help="of our steps (default: bf16)"
+        "--precisions", nargs="+", choices=get_args(Precision), help="of our steps (default: the recipe's)"
     )
     what.add_argument(
         "--peer-iters", type=int, nargs="*", default=[0, 200], metavar="N", help="of auto-round; none: skip it"

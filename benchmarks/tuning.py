@@ -146,10 +146,10 @@ def main() -> int:
     args = _parse()
     device = resolve_device(args.device)
     recipes = {
-        name if precision == "bf16" else f"{name} {precision}": _scaled(
-            replace(RECIPES[name], tuning_precision=precision), args
+        f"{name} {precision}" if args.precisions else name: _scaled(
+            replace(RECIPES[name], tuning_precision=precision or RECIPES[name].tuning_precision), args
         )
-        for precision in args.precisions
+        for precision in args.precisions or [None]
         for name in args.recipes
     }
     peer = _scaled(_PEER, args)
@@ -342,7 +342,7 @@ def _parse() -> argparse.Namespace:
         help="of ours (default: fast default autoround)",
     )
     what.add_argument(
-        "--precisions", nargs="+", default=["bf16"], choices=get_args(Precision), help="of our steps (default: bf16)"
+        "--precisions", nargs="+", choices=get_args(Precision), help="of our steps (default: the recipe's)"
     )
     what.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True, help="measure auto-round too")
     what.add_argument("--shape", default="llama-3-8b", choices=SHAPES, help="default: %(default)s")

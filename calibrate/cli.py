@@ -28,12 +28,12 @@ _RECIPES_HELP = "\n".join(
     f"  {name:<16} {r.iters:>5} {r.batch_size:>6} {r.seqlen:>7} {r.nsamples:>8} "
     f"{r.lr or ('1/iters' if r.iters else '-'):>8} {r.scale_lr:>9} {r.momentum:>9} "
     f"{'yes' if r.scale_search else 'no':>7} {'yes' if r.kl_last_block else 'no':>5} {'yes' if r.gptq else 'no':>5} "
-    f"{r.end_to_end_iters or '-':>5} {r.end_to_end_lr if r.end_to_end_iters else '-':>6}"
+    f"{r.end_to_end_iters or '-':>5} {r.end_to_end_lr if r.end_to_end_iters else '-':>6} {r.tuning_precision:>5}"
     for name, r in RECIPES.items()
 )
 _RECIPES_HEAD = (
     f"  {'recipe':<16} {'iters':>5} {'batch':>6} {'seqlen':>7} {'nsamples':>8} {'lr':>8} {'scale-lr':>9} "
-    f"{'momentum':>9} {'search':>7} {'kl':>5} {'gptq':>5} {'e2e':>5} {'e2e-lr':>6}"
+    f"{'momentum':>9} {'search':>7} {'kl':>5} {'gptq':>5} {'e2e':>5} {'e2e-lr':>6} {'prec.':>5}"
 )
 _SCHEMES_HELP = """schemes:
   W2A16 ... W8A16  integer weights; _ASYM for zero points, G64 or the like for the group size: W3A16_ASYM, W2A16G64

@@ -27,8 +27,8 @@ from calibrate.linear import make_working, quantized_inputs
 from calibrate.plan import make_plan
 from calibrate.resident import ResidentBlock, rescaled, served
 from calibrate.source import load_source
-from calibrate.workbench import Loss
 from calibrate.tail import ModelTail
+from calibrate.workbench import Loss
 from tests.calibrate.conftest import COMMON, make_model
 from tests.conftest import DEMO_MODEL
 from vllm_autoround.format.reader import dequantized_state_dict, read_tensors
