@@ -90,7 +90,7 @@ def recorded_inputs(
         real: [B, T] bool, the tokens that count; None: all.
     """
 
-    def record(name: str, x: Tensor) -> Tensor:
+    def record(name: str, x: Tensor) -> None:
         # Some models hand their layers [B * T, K].
         counted = x if real is None else x.reshape(*real.shape, -1)[real.to(x.device)]
         statistics = InputStatistics.of(counted, second_moments=second_moments)
@@ -98,10 +98,16 @@ def recorded_inputs(
             seen[name].merge(statistics)
         else:
             seen[name] = statistics
-        return x
 
-    with _before_layers(model, dict.fromkeys(names, record)):
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _module, args, name=name: record(name, args[0]))
+        for name in names
+    ]
+    try:
         yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def quantized_inputs_of(
@@ -118,19 +124,3 @@ def quantized_inputs_of(
             assert activations is not None
             inputs[name] = QuantizedInput(activations, scales[activations])
     return inputs
-
-
-@contextmanager
-def _before_layers(block: nn.Module, actions: Mapping[str, Any]) -> Iterator[None]:
-    """Call ``actions[name](name, x)`` on each layer's input and hand its result to the layer."""
-    hooks = [
-        block.get_submodule(name).register_forward_pre_hook(
-            lambda _module, args, name=name, action=action: (action(name, args[0]), *args[1:])
-        )
-        for name, action in actions.items()
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -29,6 +29,7 @@ from calibrate.workbench import Loss
 from vllm_autoround.format.weights import QuantizedWeight
 
 _BETAS = (0.9, 0.98)
+_LEAST_FACTOR = 2.0**-10
 
 
 class TunedEarlier:
@@ -171,7 +172,7 @@ def tune_scales(
         optimizer.zero_grad()
         with torch.no_grad():
             for factor in factors.values():
-                factor.clamp_(min=0)  # a scale keeps its sign
+                factor.clamp_(min=_LEAST_FACTOR)  # a scale keeps its sign
         on_step()
 
     tuned = judge()

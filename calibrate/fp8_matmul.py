@@ -1,9 +1,9 @@
 """A linear layer whose three matrix products, forward and backward, are of FP8 factors, for tuning.
 
-Every factor is rounded to e4m3 (gradients too) under one scale a tensor; products are summed in float32 by the tensor
-cores (`torch._scaled_mm`). Inputs and gradients are scaled by their largest magnitude, weights by one that the caller
-knows them to stay below. A step of sign descent asks for the sign of a sum over many tokens, which the rounding of
-single factors hardly moves.
+Every factor is rounded to e4m3 (gradients too) under one scale a tensor; products are summed by the tensor cores in
+their fast way, which on Hopper keeps some 14 bits (`torch._scaled_mm`). Inputs and gradients are scaled by their
+largest magnitude, weights by one that the caller knows them to stay below. A step of sign descent asks for the sign of
+a sum over many tokens, which the rounding of single factors hardly moves.
 """
 
 from __future__ import annotations
@@ -24,6 +24,11 @@ def has_fp8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _CAPABILITY
 
 
+def fits_fp8(size: int) -> bool:
+    """Whether a factor may have so many rows or columns."""
+    return size % 16 == 0
+
+
 def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, most: Tensor) -> Tensor:
     """x [..., K] times the transpose of weight [N, K] -> [..., N].
 
@@ -33,7 +38,7 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, most: Tensor) -> 
         most: scalar float32, at least the largest magnitude in ``weight``; what is above it saturates.
     """
     rows = x.flatten(0, -2)
-    if len(rows) % 16:
+    if not fits_fp8(len(rows)):
         return F.linear(x, weight, bias)
     out = _Fp8Linear.apply(rows, weight, most).unflatten(0, x.shape[:-1])  # type: ignore[no-untyped-call]
     return out if bias is None else out + bias  # type: ignore[no-any-return]

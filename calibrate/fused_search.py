@@ -118,7 +118,7 @@ def _search(
             error = scale[:, None] * (value - zero[:, None]) - w
             errors += error * error * weigh
         error_sum = neighbour_sum(errors, BLOCK, LEVELS)
-        won = error_sum < least
+        won = (error_sum < least) | (trial == 0)
         best_low = tl.where(won, low_c, best_low)
         best_high = tl.where(won, high_c, best_high)
         least = tl.where(won, error_sum, least)

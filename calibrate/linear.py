@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calibrate.activations import QuantizedInput
-from calibrate.fp8_matmul import fp8_linear
+from calibrate.fp8_matmul import fits_fp8, fp8_linear
 
 
 class WorkingLinear(nn.Linear):
@@ -63,14 +63,15 @@ def quantized_inputs(module: nn.Module, inputs: Mapping[str, QuantizedInput]) ->
 
 @contextmanager
 def fp8_matmuls(module: nn.Module, most: Mapping[str, Tensor]) -> Iterator[None]:
-    """Multiply in FP8, forward and backward, inside the context.
+    """Multiply in FP8, forward and backward, inside the context, where shapes and classes of layers allow it.
 
     Args:
         most: layer name -> a scalar that the magnitudes of its weight stay below.
     """
-    layers = {name: _layer(module, name) for name in most}
+    found = {name: module.get_submodule(name) for name in most}
+    layers = {name: layer for name, layer in found.items() if isinstance(layer, WorkingLinear)}
     for name, layer in layers.items():
-        if all(size % 16 == 0 for size in layer.weight.shape):
+        if all(map(fits_fp8, layer.weight.shape)):
             layer.fp8_most = most[name]
     try:
         yield

@@ -116,7 +116,7 @@ def calibrate(model: str | Path, out: str | Path, **settings: Any) -> dict[str, 
             del tuned, loss, working  # off the device before the next block comes
 
         background.wait()
-        del bench  # with what it keeps of the last block
+        bench.close()
         if train_last:
             original, quantized = original.cpu(), _quantized_inputs(source.model, plan, outside)  # off the device
             end_to_end = train_scales(source.model, plan, config, waiting, arguments, quantized, original, progress)

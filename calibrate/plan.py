@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from calibrate.blocks import Block, find_blocks
 from calibrate.checkpoint import format_problems
-from calibrate.config import CalibrationConfig, CalibrationError
+from calibrate.config import CalibrationConfig, CalibrationError, Recipe
 from calibrate.data import load_padded_samples, load_samples
-from calibrate.fp8_matmul import has_fp8
+from calibrate.fp8_matmul import fits_fp8, has_fp8
 from calibrate.layer_schemes import assign_schemes, stock_problems
 from calibrate.partial import occupied
 from calibrate.source import Source
@@ -88,7 +88,8 @@ def make_plan(source: Source, out: Path, config: CalibrationConfig) -> Plan:
     device, samples, real = torch.device("cpu"), torch.empty(0), None
     try:
         device = resolve_device(config.device)
-        problems += _precision_problems(config.tuning.tuning_precision, device, source.model.dtype)
+        problems += _precision_problems(config.tuning, device, source.model.dtype)
+        problems += _end_to_end_problems(source, config, manifest.schemes, device)
     except CalibrationError as error:
         problems.append(str(error))
     try:
@@ -221,13 +222,39 @@ def _setting_problems(source: Source, config: CalibrationConfig) -> list[str]:
     return problems
 
 
-def _precision_problems(precision: str, device: torch.device, model_dtype: torch.dtype) -> list[str]:
-    if precision != "fp8":
+def _precision_problems(tuning: Recipe, device: torch.device, model_dtype: torch.dtype) -> list[str]:
+    if tuning.tuning_precision != "fp8" or not tuning.iters:
         return []
+    if not fits_fp8(tuning.batch_size * tuning.seqlen):
+        return [
+            f"FP8 matrix products need batch-size x seqlen to be a multiple of 16, got {tuning.batch_size} x "
+            f"{tuning.seqlen}; change --seqlen, or use --tuning-precision bf16"
+        ]
     if not has_fp8(device):
         return [f"{device} has no FP8 matrix products (Ada, Hopper and Blackwell have); use --tuning-precision bf16"]
     if model_dtype == torch.float32:
         return ["a float32 model is tuned in float32; use --tuning-precision bf16"]
+    return []
+
+
+def _end_to_end_problems(
+    source: Source, config: CalibrationConfig, schemes: Mapping[str, QuantScheme], device: torch.device
+) -> list[str]:
+    few = {name for name, scheme in schemes.items() if _few_bits(scheme)}
+    if config.end_to_end_iters and not few:
+        return [f"end-to-end-iters has no effect: no layer has integer weights of {_FEW_BITS} bits or fewer; drop it"]
+    if not (config.tuning.end_to_end_iters and few and device.type == "cuda"):
+        return []
+    needed = sum(
+        p.numel() * (1 if name.removesuffix(".weight") in few else p.element_size())
+        for name, p in source.model.named_parameters()
+    )
+    total = torch.cuda.get_device_properties(device).total_memory
+    if needed > total:
+        return [
+            f"training scales end to end holds the whole model on the device, {needed >> 30} GiB of its "
+            f"{total >> 30}; use --end-to-end-iters 0 or another recipe"
+        ]
     return []
 
 

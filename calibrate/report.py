@@ -52,7 +52,7 @@ class BlockReport:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EndToEndReport:
     """Of the training of scales after all blocks. Losses are KL divergences of the model's output distribution from the
-    original model's, in nats a token, on the held-out samples."""
+    original model's, in nats a token, on the held-out samples. What the blocks' reports say is from before it."""
 
     layers: int  # whose scales were trained
     start_loss: float

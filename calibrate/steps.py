@@ -35,19 +35,15 @@ class Steps:
         real: Tensor | None,
         loss: Loss,
         shape: tuple[int, int, int],
-        *,
-        loss_compiles: bool = False,
     ) -> None:
         """Steps over samples of ``inputs`` and ``outputs`` [S, T, H], on the device or pinned.
 
         Args:
             real: [S, T] bool on the device, the tokens that count; None: all.
             shape: steps, batches a step, samples a batch.
-            loss_compiles: see `WorkingBlock.loss_of`.
         """
         device = working.device
-        self._working, self._layers, self._real = working, layers, real
-        self._loss, self._loss_compiles = loss, loss_compiles
+        self._working, self._layers, self._loss, self._real = working, layers, loss, real
         self._step = torch.zeros(1, dtype=torch.long, device=device)
         self._order = torch.zeros(shape, dtype=torch.long, device=device)
         self._rates = torch.zeros(shape[0], 2, device=device)
@@ -73,6 +69,7 @@ class Steps:
             layer.module.weight.requires_grad_(True)
         if self._graphed and variant not in self._graphs:
             self._feed.start(order)
+            self._graphs.clear()  # each has memory for a whole step
             self._graphs[variant] = self._record()
         graph = self._graphs.get(variant)
         for layer in self._layers:
@@ -100,10 +97,21 @@ class Steps:
         for layer in self._layers:
             layer.module.weight.requires_grad_(False)
 
+    @torch.enable_grad()
+    def gradients(self, picked: Tensor) -> list[Tensor]:
+        """Of the layers' weights as they are, from the samples numbered ``picked`` [B]."""
+        weights = [layer.module.weight.requires_grad_(True) for layer in self._layers]
+        real = None if self._real is None else self._real.index_select(0, picked.to(self._real.device))
+        error = self._working.loss_of(self._loss, self._feed.samples(picked), real)
+        found = torch.autograd.grad(error, weights)
+        for weight in weights:
+            weight.requires_grad_(False)
+        return list(found)
+
     def _one_step(self) -> None:
         for batch, share in enumerate(self._shares()):
             samples, counted = self._feed.batch(batch), self._counted(batch)
-            error = self._working.loss_of(self._loss, samples, counted, compiles=self._loss_compiles) * share
+            error = self._working.loss_of(self._loss, samples, counted) * share
             error.backward()
             self.losses.index_add_(0, self._step, error.detach().reshape(1))
         rate = self._rates.index_select(0, self._step)[0]
@@ -127,7 +135,7 @@ class Steps:
         return list((tokens / tokens.sum()).unbind())
 
     def _record(self) -> torch.cuda.CUDAGraph:
-        """The graph of a step; leaves the layers in the middle of nowhere. Learning rates are 0 here."""
+        """The graph of a step; leaves the layers in the middle of nowhere. `restart` has to follow."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -155,6 +163,10 @@ class _Gather:
 
     def ready(self, step: int) -> None:
         """Nothing to wait for."""
+
+    def samples(self, picked: Tensor) -> Samples:
+        """Those numbered ``picked`` [B]."""
+        return Samples(self._inputs, self._outputs, picked.to(self._order.device))
 
     def batch(self, number: int) -> Samples:
         """Those of the current step's batch."""
@@ -184,6 +196,11 @@ class _Stage:
         for current, fetched in zip(self._current, self._next, strict=True):
             current.copy_(fetched)
         self._fetch((step + 1) % len(self._order))
+
+    def samples(self, picked: Tensor) -> Samples:
+        """Those numbered ``picked`` [B]."""
+        device = self._next[0].device
+        return Samples(*(source[picked.cpu()].to(device) for source in self._sources))
 
     def batch(self, number: int) -> Samples:
         """Those of the current step's batch."""

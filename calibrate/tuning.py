@@ -20,7 +20,7 @@ from calibrate.activations import InputStatistics
 from calibrate.chain import NonFiniteError, first_non_finite, relative_distance
 from calibrate.clock import Clock
 from calibrate.config import Recipe
-from calibrate.fp8_matmul import has_fp8
+from calibrate.fp8_matmul import fits_fp8, has_fp8
 from calibrate.gptq import gptq
 from calibrate.layer_schemes import fused_groups
 from calibrate.layer_state import LayerReport, LayerState
@@ -117,7 +117,7 @@ def tune_block(
     final_loss, values, in_fp8 = None, dict[str, Tensor](), False
     if recipe.iters:
         with clock.phase("precision"):
-            in_fp8 = _in_fp8(working, schemes, inputs, outputs, real, recipe, loss)
+            in_fp8 = _in_fp8(working, schemes, steps, inputs.shape[1], recipe)
         order = sample_order(len(inputs) - heldout, shape, generator)
         with clock.phase("steps"), working.fp8_matmuls(schemes if in_fp8 else ()):
             steps.run(order, _rates(recipe), on_step, variant="fp8" if in_fp8 else "bf16")
@@ -158,22 +158,18 @@ def quantize_layer(
 
 
 def _in_fp8(
-    working: WorkingBlock,
-    schemes: Mapping[str, QuantScheme],
-    inputs: Tensor,
-    outputs: Tensor,
-    real: Tensor | None,
-    recipe: Recipe,
-    loss: Loss,
+    working: WorkingBlock, schemes: Mapping[str, QuantScheme], steps: Steps, tokens: int, recipe: Recipe
 ) -> bool:
-    """What "auto" means for this block: FP8 is precise enough, and faster, which it is in compiled code only."""
+    """What "auto" means for this block: FP8 is precise enough, and faster, which it is in compiled code only.
+
+    Args:
+        tokens: of a sample.
+    """
     if recipe.tuning_precision != "auto":
         return recipe.tuning_precision == "fp8"
-    two, device = 2 * recipe.batch_size, working.device
-    if not (working.compiled and has_fp8(device)) or len(inputs) < two:
-        return False
-    mask = None if real is None else real[:two]
-    return fp8_suffices(working, schemes, inputs[:two].to(device), outputs[:two].to(device), loss, real=mask)
+    possible = has_fp8(working.device) and fits_fp8(recipe.batch_size * tokens)
+    in_bf16 = next(working.module.parameters()).dtype == torch.bfloat16
+    return possible and in_bf16 and working.compiled and fp8_suffices(working, schemes, steps, recipe.batch_size)
 
 
 def _last_loss(steps: Steps, working: WorkingBlock, inputs: Tensor) -> float:
@@ -248,8 +244,7 @@ def _set_up(
         modules = {name: cast(nn.Linear, working.module.get_submodule(name)) for name in schemes}
         layers = {name: LayerState(modules[name], *starts[name], recipe, most_clip) for name in schemes}
         states = list(layers.values())
-        compiles = loss is mean_squared_error
-        return layers, Steps(working, states, inputs, outputs, real, loss, shape, loss_compiles=compiles)
+        return layers, Steps(working, states, inputs, outputs, real, loss, shape)
 
     # What steps cannot be told again. They hold on to samples and loss, so no other can have the address of these.
     samples = (inputs.data_ptr(), inputs.shape, outputs.data_ptr(), None if real is None else real.data_ptr())

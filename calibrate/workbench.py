@@ -8,8 +8,9 @@ save, and does the same all the same: one way to go wrong, and tests that need n
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from types import FunctionType
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -71,14 +72,13 @@ class WorkingBlock:
         """hidden [B, T, H] -> [B, T, H]; compiled code, if any, does not see hooks."""
         return self._forward(self.module, hidden, self.arguments)
 
-    def loss_of(self, loss: Loss, samples: Samples, real: Tensor | None = None, *, compiles: bool = False) -> Tensor:
-        """The loss of the block's output for some samples, scalar float32.
+    def loss_of(self, loss: Loss, samples: Samples, real: Tensor | None = None) -> Tensor:
+        """The loss of the block's output for some samples, scalar float32; a plain function is compiled with the block.
 
         Args:
             real: [B, T] bool, the tokens that count; None: all.
-            compiles: ``loss`` is a plain function that may become part of compiled code.
         """
-        if self.compiled and compiles:
+        if self.compiled and isinstance(loss, FunctionType):
             return cast(Tensor, compiled(_loss_of)(run_block, self.module, self.arguments, loss, samples, real))
         return _loss_of(self._forward, self.module, self.arguments, loss, samples, real)
 
@@ -96,6 +96,10 @@ class WorkingBlock:
             if isinstance(mine, Tensor):
                 mine.copy_(new)
         self._load_originals(block)
+
+    def release(self) -> None:
+        """Forget what was kept, which holds on to this block, and so to memory that nothing else would free."""
+        self._kept = None
 
     def keep(self, key: Any, make: Callable[[], _Kept]) -> _Kept:
         """What the last call made, if the key is the same; else what ``make`` makes now."""
@@ -165,13 +169,21 @@ class Workbench:
         self._made: dict[Any, WorkingBlock] = {}
         self._fetched: tuple[Block, dict[str, Tensor]] | None = None
 
+    def close(self) -> None:
+        """Free everything."""
+        for working in self._made.values():
+            working.release()
+        self._made.clear()
+        self._fetched = None
+
     def fetch(self, block: Block) -> None:
         """Copy the block that is loaded next into pinned memory, from where it gets to the device in no time.
 
         May run in another thread; a block that is not there when it is loaded is taken from where it is.
         """
         if self._device.type == "cuda":
-            self._fetched = block, {name: tensor.detach().pin_memory() for name, tensor in _tensors(block.module)}
+            with suppress(RuntimeError):  # some systems have little memory that can be pinned
+                self._fetched = block, {name: tensor.detach().pin_memory() for name, tensor in _tensors(block.module)}
 
     def load(self, block: Block, arguments: dict[str, Any]) -> WorkingBlock:
         """``block`` ready to run on the device, with what its forward takes beside the hidden states."""
@@ -182,7 +194,7 @@ class Workbench:
             working.load(block, arguments, fetched[1] if fetched is not None and fetched[0] is block else None)
         else:
             if len(self._made) == _MAKES:
-                self._made.pop(next(iter(self._made)))  # the one that was not used for longest
+                self._made.pop(next(iter(self._made))).release()  # the one that was not used for longest
             working = WorkingBlock(block, arguments, self._device, self._dtype, compile=self._compiles(block))
         self._made[make] = working
         return working

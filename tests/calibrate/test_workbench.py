@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from functools import partial
+
 import pytest
 import torch
 
@@ -66,6 +70,21 @@ def test_what_is_kept_is_kept_under_its_key_only() -> None:
     assert working.keep((1, "a"), lambda: [2]) is first
     assert working.keep((2, "a"), lambda: [3]) == [3]
     assert working.keep((1, "a"), lambda: [4]) == [4]
+
+
+def test_closing_frees_what_was_kept_without_the_garbage_collector() -> None:
+    block = find_blocks(make_model(FAMILIES["llama"]()))[0]
+    bench = Workbench(CPU, torch.float32)
+    working = bench.load(block, {})
+    working.keep("key", partial(list, [working]))  # holds on to the block, as steps do
+    alive = weakref.ref(working.module)
+    gc.disable()
+    try:
+        bench.close()
+        del working
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_static_scales_change_in_place() -> None:

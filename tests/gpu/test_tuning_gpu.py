@@ -122,4 +122,17 @@ def test_matrix_products_in_fp8_tune_as_well(scheme: str, compile: bool) -> None
     recipe = replace(RECIPE, tuning_precision="fp8")
     in_fp8 = tune(scheme, attention="sdpa", recipe=recipe, compile=compile)
     assert in_fp8.errors == pytest.approx(errors, rel=0.1)
+    assert all(block.in_fp8 for block in in_fp8.blocks)
     assert in_fp8.errors != errors
+
+
+def test_auto_asks_each_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = replace(RECIPE, tuning_precision="auto")
+    assert not any(block.in_fp8 for block in tune("W3A16G32", recipe=recipe).blocks)  # not compiled
+    tuned = tune("W3A16G32", attention="sdpa", recipe=recipe, compile=True)
+    assert all(block.in_fp8 for block in tuned.blocks)
+    answers = iter([True, False, True])
+    monkeypatch.setattr("calibrate.tuning.fp8_suffices", lambda *_: next(answers))
+    tuned = tune("W3A16G32", attention="sdpa", recipe=recipe, compile=True)
+    assert [block.in_fp8 for block in tuned.blocks] == [True, False, True]
+    assert tuned.errors == pytest.approx(tune("W3A16G32", attention="sdpa").errors, rel=0.1)
