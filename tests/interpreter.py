@@ -11,7 +11,7 @@ from triton.runtime import interpreter
 
 
 def patch_once_a_launch() -> None:
-    """Have `triton.language` be patched once a launch for functions that see the same of it, not at each of their calls.
+    """Have `triton.language` be patched once a launch for functions that see the same of it, not at each call.
 
     The interpreter patches it when a kernel is launched, undoes this at its end, and patches it once more at every call
     of a jitted function in between, where all is patched already: half of the time. For processes that interpret.
