@@ -19,6 +19,8 @@ from tests.e2e.engine import generate
 
 
 def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # vLLM may log to standard output
     import vllm.entrypoints.llm  # noqa: F401 - not above, for a worker process imports this module too
 
     for line in sys.stdin:
@@ -27,7 +29,7 @@ def main() -> None:
         if not child:
             return answer(request)  # and leave as a process does, with all that is to be done at its end
         _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)  # noqa: T201
+        print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
     return None
 
 
