@@ -3,6 +3,8 @@
 #
 #   tests/matrix.sh [VERSION ...]      default: 0.26.0 0.30.0 0.33.0
 #
+# tests/format is not among them: it has no vLLM, and `make test` runs it with the same torch and compressed-tensors.
+#
 # Prints one line per version, and the whole log of a version that failed; exits 1 if any failed.
 #
 # vLLM comes from its source distribution, built with VLLM_TARGET_DEVICE=empty: Python only, in seconds. Its layers,
@@ -75,11 +77,7 @@ make_environment() { # VERSION
 run_version() { # VERSION
     compgen -G "$matrix/wheels/vllm-$1-*.whl" >/dev/null || make_wheel "$1"
     make_environment "$1"
-    local folders=()
-    for folder in tests/plugin tests/format; do
-        if [ -d "$folder" ]; then folders+=("$folder"); fi
-    done
-    "$matrix/$1/bin/python" -m pytest "${folders[@]}" -q -p no:cacheprovider ${PARALLEL:--n logical}
+    "$matrix/$1/bin/python" -m pytest tests/plugin -q -p no:cacheprovider ${PARALLEL:--n logical}
 }
 
 # Runs a command with its output in a log, which is shown if it fails; sets `status` and succeeds. It must not be part of

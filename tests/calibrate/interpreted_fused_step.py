@@ -10,7 +10,10 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from tests.calibrate.fused_step_cases import SOME_TYPES, check, check_search
+from tests.interpreter import patch_once_a_launch
 from vllm_autoround.format.weights import Float8, Integer, NvFp4, WeightType
+
+patch_once_a_launch()
 
 
 @pytest.fixture(autouse=True)

@@ -1,15 +1,9 @@
-"""Calibrated here, served by real vLLM on the CPU: tokens, scales, tensor parallelism, HTTP, and the other readers."""
+"""Calibrated here, served by real vLLM on the CPU: tokens, scales, tensor parallelism, and the other readers."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +12,12 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
 
-from calibrate.vllm_environment import vllm_environment
-from demo.problems import generate
-from tests.conftest import DEMO_MODEL
 from tests.e2e.engine import run_engine
 from tests.e2e.reference import greedy_tokens, reference_model
 from vllm_autoround.format.manifest import KV_SCALES
 from vllm_autoround.format.reader import read_tensors, tensor_files
 
 pytestmark = pytest.mark.slow
-SCRIPTS = Path(sys.executable).parent
 
 
 @pytest.fixture(scope="module")
@@ -104,64 +94,3 @@ def test_transformers_loads_the_checkpoint_with_the_logits_of_the_dequantized_we
     with_kv = tf.AutoModelForCausalLM.from_pretrained(demo_checkpoint, dtype=torch.float32)(ids).logits
     error = (with_kv - expected).norm() / expected.norm()
     assert 0 < error < 2**-4
-
-
-def test_vllm_serve_answers_over_http(demo_checkpoint: Path, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [str(SCRIPTS / "vllm"), "serve", str(demo_checkpoint), "--quantization", "autoround"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--max-model-len", "512"]
-    server = subprocess.Popen(
-        command,
-        env=vllm_environment(tmp_path) | {"VLLM_CPU_KVCACHE_SPACE": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    body = {
-        "model": str(demo_checkpoint),
-        "prompt": "Question: Tom has 12 apples and buys 30 more. How many apples does Tom have now?\nAnswer:",
-        "max_tokens": 64,
-        "temperature": 0,
-        "stop": ["Question:"],
-    }
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/completions",
-        data=json.dumps(body).encode(),
-        headers={"Content-Type": "application/json"},
-    )
-    try:
-        text = _answer(server, request, deadline=time.monotonic() + 300)
-    finally:
-        server.terminate()
-        server.wait(timeout=60)
-    assert "<<12+30=42>>42" in text
-    assert text.rstrip().endswith("#### 42")
-
-
-def _answer(server: subprocess.Popen[bytes], request: urllib.request.Request, deadline: float) -> str:
-    """The completion's text, once the server listens."""
-    while time.monotonic() < deadline:
-        assert server.poll() is None, "the server ended before it answered"
-        try:
-            with urllib.request.urlopen(request, timeout=60) as response:
-                return str(json.load(response)["choices"][0]["text"])
-        except (ConnectionError, urllib.error.URLError):
-            time.sleep(1)
-    raise TimeoutError("the server did not answer")
-
-
-def test_the_gate_scores_both_models_through_vllm_and_passes(demo_checkpoint: Path, tmp_path: Path) -> None:
-    data, output = tmp_path / "problems.jsonl", tmp_path / "gate.json"
-    data.write_text("".join(json.dumps(problem) + "\n" for problem in generate("test", 10, seed=4)))
-    command = [SCRIPTS / "vllm-autoround", "gate", demo_checkpoint, "--baseline", DEMO_MODEL, "--data", data]
-    command += ["--num-fewshot", "2", "--min-recovery", "0.8", "--output", output]
-    # One process a model instead of two: the import takes longest.
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert "PASSED: recovery" in run.stdout
-    result = json.loads(output.read_text())
-    assert result["metric"] == "exact_match,strict-match"
-    assert result["baseline_score"] >= 0.875  # at most one of eight wrong
-    assert result["recovery"] == result["score"] / result["baseline_score"]

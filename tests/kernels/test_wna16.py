@@ -25,6 +25,10 @@ from vllm_autoround.kernels import wna16
 from vllm_autoround.kernels.wna16 import prepare, wna16_linear
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETING:
+    from tests.interpreter import patch_once_a_launch
+
+    patch_once_a_launch()
 REPOSITORY = Path(__file__).parents[2]
 GROUPS = (16, 32, 64, 128, 256, None)
 TYPES = [
