@@ -242,6 +242,12 @@ def test_a_value_that_overflows_stops_the_run_by_name_and_leaves_nothing(tmp_pat
         (["--lr", "2"], "lr must be above 0 and at most 1, got 2.0"),
         (["--end-to-end-lr", "0"], "end-to-end-lr must be above 0 and at most 1, got 0.0"),
         (["--end-to-end-iters", "-1"], "end-to-end-iters must be a whole number of at least 0, got -1"),
+        (
+            ["--end-to-end-iters", "10"],
+            "end-to-end-iters has no effect: no layer has integer weights of 3 bits or fewer",
+        ),
+        (["--tuning-precision", "fp8", "--device", "cpu"], "cpu has no FP8 matrix products"),
+        (["--tuning-precision", "fp8", "--seqlen", "1001"], "to be a multiple of 16, got 2 x 1001; change --seqlen"),
         (["--iters", "-1", "--nsamples", "0"], "nsamples must be a whole number of at least 1, got 0"),
         (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),
         (["--dataset", "gone.jsonl"], "dataset gone.jsonl does not exist"),
