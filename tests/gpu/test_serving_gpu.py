@@ -12,6 +12,7 @@ from calibrate import calibrate
 from demo.problems import generate
 from tests.conftest import DEMO_MODEL, DEMO_SETTINGS
 from tests.e2e.engine import run_engine
+from tests.gpu.scores import SHARED_GPU
 from vllm_autoround.format.manifest import KV_SCALES
 from vllm_autoround.format.reader import dequantized_state_dict, read_tensors
 from vllm_autoround.plugin import compat
@@ -36,8 +37,8 @@ def test_tokens_and_scales_equal_those_of_stock_vllm(
     scheme: str, kv_cache: str | None, tmp_path: Path, demo_texts: list[str], prompts: list[list[int]]
 ) -> None:
     out = checkpoint(tmp_path, demo_texts, scheme, kv_cache)
-    ours = run_engine(out, prompts, quantization="autoround")
-    stock = run_engine(out, prompts, plugins=False)
+    ours = run_engine(out, prompts, quantization="autoround", **SHARED_GPU)
+    stock = run_engine(out, prompts, plugins=False, **SHARED_GPU)
     assert "AutoRoundLinearMethod" in ours["methods"].values()
     assert "AutoRoundLinearMethod" not in stock["methods"].values()
     assert ours["tokens"] == stock["tokens"]
@@ -59,7 +60,7 @@ def test_three_bit_tokens_are_those_of_the_dequantized_weights(
     With zero points vLLM 0.26 selects Humming, whose results deviate, and the plugin takes its own kernel.
     """
     out = checkpoint(tmp_path, demo_texts, scheme, None)
-    result = run_engine(out, prompts, quantization="autoround")
+    result = run_engine(out, prompts, quantization="autoround", **SHARED_GPU)
     own_kernel = scheme.endswith("_ASYM") and not compat.humming_takes_zero_points()
     assert ("the plugin's Triton kernel" in result["log"]) is own_kernel
     model = tf.AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32).cuda()
