@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import json
 import math
@@ -24,6 +25,15 @@ Problem = dict[str, str]  # GSM8K's format: "question", and "answer" that ends i
 
 STOP = "Question:"
 _TAIL = 12  # the tokens at a row's end in which STOP must show
+
+
+def forget() -> None:
+    """Every contestant starts with free memory and compiles for itself."""
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 @contextmanager

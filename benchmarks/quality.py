@@ -11,7 +11,6 @@ scheme says so. Exit status 1 when a checkpoint of ours misses --max-ppl or --mi
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -27,6 +26,7 @@ from benchmarks.evaluation import (
     Problem,
     accuracy,
     check_levels,
+    forget,
     perplexity,
     read_problems,
     read_windows,
@@ -91,7 +91,7 @@ class Contest:
 
     def ours(self, scheme: str, seed: int, samples: Tensor, name: str, recipe: Recipe) -> Row:
         """A checkpoint of ours."""
-        _forget()
+        forget()
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "checkpoint"
             report = calibrate(
@@ -107,7 +107,7 @@ class Contest:
 
     def peer(self, scheme: str, seed: int, samples: Tensor, iters: int) -> Row:
         """A checkpoint of auto-round's."""
-        _forget()
+        forget()
         kind = QuantScheme.parse(scheme).weights
         integer = isinstance(kind, Integer)
         with tempfile.TemporaryDirectory() as folder:
@@ -221,14 +221,6 @@ def _line(row: Row) -> str:
     seed = "-" if row.seed is None else row.seed
     seconds = "-" if row.seconds is None else f"{row.seconds:.1f}"
     return f"{row.scheme:<14}{row.weights:<18}{seed:>6}{row.ppl:>9.3f}{row.accuracy:>10.3f}{seconds:>9}"
-
-
-def _forget() -> None:
-    """Every contestant starts with free memory and compiles for itself."""
-    torch._dynamo.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _limit(text: str) -> tuple[str, float]:

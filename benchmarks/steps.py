@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks.evaluation import forget
 from benchmarks.provenance import RESULTS, write_result
 from benchmarks.shapes import SHAPES, BlockShape
 from calibrate import fused_step, steps
@@ -98,7 +99,7 @@ def _time_copy(traffic: int) -> float:
 
 def _time_step(scheme: str, shape: BlockShape, batch: int, *, graphed: bool, compiled: bool) -> dict[str, Any]:
     """A step of the tuner as it is, in the mean of many."""
-    _forget()
+    forget()
     block, working, hidden = _working_block(shape, compile=compiled)
     recipe = Recipe(iters=20, batch_size=batch, momentum=0.7, scale_lr=0.5)
     quant = QuantScheme.parse(scheme)
@@ -139,7 +140,7 @@ def _time_step(scheme: str, shape: BlockShape, batch: int, *, graphed: bool, com
 
 def _time_floor(shape: BlockShape, batch: int, compiled: bool) -> float:
     """Milliseconds of a forward and backward with weight gradients."""
-    _forget()
+    forget()
     _, working, hidden = _working_block(shape)
     module = working.module.requires_grad_(False)
     weights = [layer.weight.requires_grad_(True) for layer in module.modules() if isinstance(layer, nn.Linear)]
@@ -192,12 +193,6 @@ def _milliseconds(function: Callable[[], Any], repeats: int = 20) -> float:
         end.synchronize()
         times += [begin.elapsed_time(end)] if run >= 3 else []
     return sorted(times)[len(times) // 2]
-
-
-def _forget() -> None:
-    torch._dynamo.reset()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
 
 
 def _parse() -> argparse.Namespace:

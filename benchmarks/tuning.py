@@ -11,7 +11,6 @@ gradients: no quantizer, no update, no forwards besides.
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
 import tempfile
 import time
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import calibrate.pipeline
-from benchmarks.evaluation import most_levels
+from benchmarks.evaluation import forget, most_levels
 from benchmarks.peer import run_auto_round, synchronize
 from benchmarks.provenance import RESULTS, write_result
 from benchmarks.shapes import SHAPES, BlockShape
@@ -81,7 +80,7 @@ class Race:
         Raises:
             ValueError: it does not, or a weight is not finite.
         """
-        _forget()
+        forget()
         with tempfile.TemporaryDirectory() as folder, _tuned_weights(self.device) as tuned:
             report = calibrate.pipeline.calibrate(
                 self.model,
@@ -116,7 +115,7 @@ class Race:
         Raises:
             ValueError: they are not.
         """
-        _forget()
+        forget()
         kind = QuantScheme.parse(scheme).weights
         integer = isinstance(kind, Integer)
         with tempfile.TemporaryDirectory() as folder:
@@ -192,7 +191,7 @@ def _scaled(recipe: Recipe, args: argparse.Namespace) -> Recipe:
 
 def _step_floor(model: Path, samples: Tensor, device: torch.device) -> float:
     """Seconds of a step of the first block on ``samples`` [B, T] in bfloat16, compiled."""
-    _forget()
+    forget()
     network = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
     block, dtype = find_blocks(network)[0], compute_dtype(device, torch.bfloat16)
     captured = capture_inputs(network, [block], samples, dtype)
@@ -294,17 +293,8 @@ def _row(
 
 
 def _peak_gib(device: torch.device) -> float | None:
-    """Most device memory allocated since `_forget`."""
+    """Most device memory allocated since `forget`."""
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-
-
-def _forget() -> None:
-    """Every contestant starts with free memory and compiles for itself."""
-    torch._dynamo.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
 
 
 def _table(rows: list[Row]) -> str:

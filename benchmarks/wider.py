@@ -10,7 +10,6 @@ in a folder, and the next run with the same options begins with it; results are 
 from __future__ import annotations
 
 import argparse
-import gc
 import gzip
 import importlib.util
 import json
@@ -28,7 +27,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from benchmarks.corpus import installed_text, read_corpus, train_tokenizer
-from benchmarks.evaluation import check_levels, perplexity, read_windows, served_model
+from benchmarks.evaluation import check_levels, forget, perplexity, read_windows, served_model
 from benchmarks.peer import run_auto_round
 from benchmarks.pretraining import token_stream, train
 from benchmarks.provenance import RESULTS, write_result
@@ -77,7 +76,7 @@ class Contest:
 
     def ours(self, scheme: str, seed: int, name: str, recipe: Recipe) -> Row:
         """A checkpoint of ours."""
-        _forget()
+        forget()
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "checkpoint"
             samples = self._samples(seed, recipe).tolist()
@@ -89,7 +88,7 @@ class Contest:
 
     def peer(self, scheme: str, seed: int, recipe: Recipe) -> Row:
         """A checkpoint of auto-round's."""
-        _forget()
+        forget()
         kind = QuantScheme.parse(scheme).weights
         named, group_size = scheme, None
         if isinstance(kind, Integer):
@@ -280,14 +279,6 @@ def _line(row: Row) -> str:
     seed = "-" if row.seed is None else row.seed
     seconds = "-" if row.seconds is None else f"{row.seconds:.1f}"
     return f"{row.scheme:<12}{row.weights:<40}{seed:>6}{row.ppl:>10.4f}{seconds:>9}"
-
-
-def _forget() -> None:
-    """Every contestant starts with free memory and compiles for itself."""
-    torch._dynamo.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _parse() -> argparse.Namespace:

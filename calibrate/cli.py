@@ -139,7 +139,7 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
         "--tuning-precision",
         choices=get_args(Precision),
         help="of the matrix products in a step; fp8 needs a GPU that has it (Ada, Hopper, Blackwell); auto takes it "
-        "for blocks where it is faster and adds less error to the gradient than the choice of samples",
+        "for blocks where it is faster and turns fewer signs of the gradient than the choice of samples",
     )
     how.add_argument(
         "--scale-search", action=argparse.BooleanOptionalAction, help="start from the best scales of a grid"

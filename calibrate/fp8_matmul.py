@@ -1,7 +1,7 @@
 """A linear layer whose three matrix products, forward and backward, are of FP8 factors, for tuning.
 
 Every factor is rounded to e4m3 (gradients too) under one scale a tensor; products are summed by the tensor cores in
-their fast way, which on Hopper keeps some 14 bits (`torch._scaled_mm`). Inputs and gradients are scaled by their
+their fast way, less precise than float32 (`torch._scaled_mm`). Inputs and gradients are scaled by their
 largest magnitude, weights by one that the caller knows them to stay below. A step of sign descent asks for the sign of
 a sum over many tokens, which the rounding of single factors hardly moves.
 """
