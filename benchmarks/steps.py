@@ -2,9 +2,10 @@
 
     python -m benchmarks.steps
 
-Two tables, of one decoder block of a real model's shape with random weights: the fused update of all its layers in
-milliseconds and bytes a second, beside a copy of as many bytes; and a whole step, recorded or eager, the block compiled
-or not, beside a plain bfloat16 forward and backward with weight gradients.
+Of one decoder block of a real model's shape with random weights: the fused update of all its layers in milliseconds and
+bytes a second, beside a copy of as many bytes; a whole step, recorded or eager, the block compiled or not, matrix
+products in bfloat16 or FP8, beside a plain bfloat16 forward and backward with weight gradients; and which kernels the
+fastest steps consist of.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.evaluation import forget
+from benchmarks.profiling import profiled
 from benchmarks.provenance import RESULTS, write_result
 from benchmarks.shapes import SHAPES, BlockShape
 from calibrate import fused_step, steps
@@ -37,6 +40,18 @@ from vllm_autoround.format.scheme import QuantScheme
 _CUDA = torch.device("cuda")
 _SEQLEN = 2048
 _UPDATES = ["W4A16", "W2A16G64", "W4A16_ASYM", "W4A16G-1", "NVFP4", "MXFP4", "FP8_DYNAMIC"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _How:
+    """How a step is run."""
+
+    graphed: bool = False
+    compiled: bool = False
+    fp8: bool = False
+
+
+_FASTEST = _How(graphed=True, compiled=True)
 
 
 def main() -> int:
@@ -55,17 +70,19 @@ def main() -> int:
                 {"what": "floor", "compiled": compiled, "batch": batch, "ms": _time_floor(shape, batch, compiled)}
             )
         for scheme in args.step_schemes:
-            for graphed, compiled in ((False, False), (True, False), (True, True)):
-                rows.append(_time_step(scheme, shape, batch, graphed=graphed, compiled=compiled))
+            for how in (_How(), _How(graphed=True), _FASTEST, replace(_FASTEST, fp8=True)):
+                rows.append(_time_step(scheme, shape, batch, how))
                 print(rows[-1], flush=True)
     payload = {"shape": args.shape, "seqlen": _SEQLEN, "copy_ms": copied, "updates": updates, "steps": rows}
-    print(f"\n{'step':<12}{'batch':>6}{'graph':>7}{'compiled':>9}{'ms':>9}{'peak GiB':>9}")
+    print(f"\n{'step':<12}{'batch':>6}{'graph':>7}{'compiled':>9}{'fp8':>7}{'ms':>9}{'peak GiB':>9}")
     for row in rows:
         peak = f"{row['peak_gib']:.2f}" if "peak_gib" in row else "-"
         print(
             f"{row['what']:<12}{row['batch']:>6}{row.get('graphed', '-')!s:>7}{row['compiled']!s:>9}"
-            f"{row['ms']:>9.2f}{peak:>9}"
+            f"{row.get('fp8', '-')!s:>7}{row['ms']:>9.2f}{peak:>9}"
         )
+        if "kernels" in row:
+            print("".join(f"{kind:>24} {time:.2f}" for kind, time in row["kernels"]["kinds"].items()))
     print(f"\nwritten to {write_result('steps', payload, args.results)}")
     return 0
 
@@ -97,17 +114,18 @@ def _time_copy(traffic: int) -> float:
     return _milliseconds(lambda: target.copy_(source))
 
 
-def _time_step(scheme: str, shape: BlockShape, batch: int, *, graphed: bool, compiled: bool) -> dict[str, Any]:
-    """A step of the tuner as it is, in the mean of many."""
+def _time_step(scheme: str, shape: BlockShape, batch: int, how: _How) -> dict[str, Any]:
+    """A step of the tuner as it is, in the mean of many; with its kernels if it is compiled."""
     forget()
-    block, working, hidden = _working_block(shape, compile=compiled)
+    block, working, hidden = _working_block(shape, compile=how.compiled)
     recipe = Recipe(iters=20, batch_size=batch, momentum=0.7, scale_lr=0.5)
     quant = QuantScheme.parse(scheme)
     statistics = {name: _Statistics(hidden) for name in block.linears()}
     inputs = quantized_inputs_of(dict.fromkeys(block.linears(), quant), statistics)  # type: ignore[arg-type]
     with (
-        mock.patch.object(steps, "GRAPHED", graphed),
+        mock.patch.object(steps, "GRAPHED", how.graphed),
         working.quantized_inputs(inputs),
+        working.fp8_matmuls(block.linears() if how.fp8 else ()),
     ):
         working.module.requires_grad_(False)
         layers = []
@@ -128,13 +146,14 @@ def _time_step(scheme: str, shape: BlockShape, batch: int, *, graphed: bool, com
         order, rates = sample_order(len(hidden), shape_of_steps, torch.Generator().manual_seed(0)), _rates(recipe)
         run = lambda: runner.run(order, rates, lambda: None)  # noqa: E731
         milliseconds = _milliseconds(run, repeats=3) / recipe.iters
+        kernels = {"kernels": asdict(profiled(run, recipe.iters))} if how.compiled else {}
     return {
         "what": scheme,
-        "graphed": graphed,
-        "compiled": compiled,
+        **asdict(how),
         "batch": batch,
         "ms": milliseconds,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        **kernels,
     }
 
 
