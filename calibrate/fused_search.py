@@ -96,12 +96,14 @@ def _search(
         if (trial > 0) & (trial <= COARSE):
             low_c = tl.zeros_like(low_b) + tl.load(coarse + 2 * (trial - 1))
             high_c = tl.zeros_like(low_b) + tl.load(coarse + 2 * (trial - 1) + 1)
-        if FINE > 0:  # noqa: SIM102 (known when this is compiled, the other one is not)
+        if FINE > 0:
+            step = trial - 1 - COARSE
+            # A new round begins at the best so far. Not by `if`: Triton would not carry these from trial to trial, as
+            # they are bound to the values of other names at first.
+            begins = (trial > COARSE) & (step % FINE == 0)
+            start_low = tl.where(begins, best_low, start_low)
+            start_high = tl.where(begins, best_high, start_high)
             if trial > COARSE:
-                step = trial - 1 - COARSE
-                if step % FINE == 0:  # a new round begins at the best so far
-                    start_low = best_low
-                    start_high = best_high
                 low_c = tl.where(start_low > 0, start_low + tl.load(fine + 2 * step), start_low)
                 high_c = tl.where(start_high > 0, start_high + tl.load(fine + 2 * step + 1), start_high)
         scale, zero = scale_and_zero(

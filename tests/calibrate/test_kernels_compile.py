@@ -66,3 +66,14 @@ def test_step_and_search(kind: WeightType, columns: int) -> None:
         ptx = compiled(kernel, target, **constants).asm["ptx"]
         assert "ld.global" in ptx
         assert ".local" not in ptx  # registers suffice
+
+
+def test_what_the_search_carries_from_trial_to_trial() -> None:
+    """The best clips, their error, and where a round began; the interpreter carries whatever is assigned."""
+    from calibrate.fused_search import _search
+
+    [target] = targets([torch.randn(4, 1024, dtype=torch.bfloat16)], Integer(bits=4, group_size=128))
+    candidates = Candidates.of(target.type)
+    counts = {"COARSE": len(candidates.coarse), "ROUNDS": len(candidates.fine), "FINE": len(candidates.fine[0])}
+    [loop] = [line for line in compiled(_search, target, **counts).asm["ttir"].splitlines() if "scf.for" in line]
+    assert loop.partition("iter_args")[2].partition(") ->")[0].count("%") == 2 * 5  # a name and its first value each
