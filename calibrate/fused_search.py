@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from calibrate.kernel_parts import layout, neighbour_sum, quantize, scale_and_zero, type_constants
+from calibrate.kernel_parts import divide, layout, neighbour_sum, quantize, scale_and_zero, type_constants
 from calibrate.rounding import Target
 from calibrate.scale_search import Candidates
 
@@ -116,8 +116,9 @@ def _search(
                 at = group[:, None].to(tl.int64) * GROUP + start + column[None, :]
                 w = tl.load(weight + at, mask=here, other=0.0).to(tl.float32)
                 weigh = tl.load(importance + feature[:, None] + start + column[None, :], mask=here, other=0.0)
-            value, _, _ = quantize(w, 0.0 * w, scale, zero, TYPE, HIGHEST, LEAST_POWER, MANTISSA_UNIT, 1.0)
-            error = scale[:, None] * (value - zero[:, None]) - w
+            position = divide(w, scale)
+            value, _ = quantize(position, 0.0 * w, zero, TYPE, HIGHEST, LEAST_POWER, MANTISSA_UNIT, 1.0)
+            error = scale[:, None] * value - w
             errors += error * error * weigh
         error_sum = neighbour_sum(errors, BLOCK, LEVELS)
         won = (error_sum < least) | (trial == 0)

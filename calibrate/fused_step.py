@@ -13,7 +13,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from calibrate.kernel_parts import clamp, layout, neighbour_sum, quantize, scale_and_zero, sign, type_constants
+from calibrate.kernel_parts import (
+    clamp,
+    divide,
+    layout,
+    neighbour_sum,
+    quantize,
+    scale_and_zero,
+    sign,
+    times_reciprocal,
+    type_constants,
+)
 from calibrate.rounding import MOST_OFFSET, OFFSET_UNIT, Gradients, Rounding, Target
 
 
@@ -134,8 +144,9 @@ def _step(
             w = tl.load(weight + at, mask=here, other=0.0).to(tl.float32)
             v = tl.load(offset + at, mask=here, other=0).to(tl.float32)
             g = tl.load(grad + at, mask=here, other=0.0).to(tl.float32)
-            value, inside, position = quantize(w, v, scale, zero, TYPE, HIGHEST, LEAST_POWER, MANTISSA_UNIT, UNIT)
-            slopes += g * ((value - zero[:, None]) - tl.where(inside, position, 0.0))
+            position = times_reciprocal(w, scale)
+            value, inside = quantize(position, v, zero, TYPE, HIGHEST, LEAST_POWER, MANTISSA_UNIT, UNIT)
+            slopes += g * (value - tl.where(inside, position, 0.0))
             pull = scale[:, None] * g
             if TYPE == "asymmetric":
                 zero_slopes += tl.where(inside, 0.0, -pull)
@@ -178,6 +189,7 @@ def _step(
         if not STEP or GROUP > BLOCK:
             w = tl.load(weight + at, mask=here, other=0.0).to(tl.float32)
             v = tl.load(offset + at, mask=here, other=0).to(tl.float32)
-        value, inside, position = quantize(w, v, scale, zero, TYPE, HIGHEST, LEAST_POWER, MANTISSA_UNIT, UNIT)
-        fake = (scale[:, None] * (value - zero[:, None])).to(dtype)
+        position = times_reciprocal(w, scale) if STEP else divide(w, scale)
+        value, inside = quantize(position, v, zero, TYPE, HIGHEST, LEAST_POWER, MANTISSA_UNIT, UNIT)
+        fake = (scale[:, None] * value).to(dtype)
         tl.store(out + at, fake.to(out.dtype.element_ty), mask=here)

@@ -102,10 +102,21 @@ def scale_and_zero(
 
 
 @triton.jit
+def divide(w, scale):
+    """W / s of [GROUPS, BLOCK], as `torch.div`."""
+    return tl.div_rn(w, tl.zeros_like(w) + scale[:, None])
+
+
+@triton.jit
+def times_reciprocal(w, scale):
+    """W / s of [GROUPS, BLOCK], as `calibrate.rounding.times_reciprocal`."""
+    return w * tl.div_rn(tl.zeros_like(scale) + 1.0, scale)[:, None]
+
+
+@triton.jit
 def quantize(
-    w,
+    position,
     v,
-    scale,
     zero,
     TYPE: tl.constexpr,
     HIGHEST: tl.constexpr,
@@ -113,17 +124,16 @@ def quantize(
     MANTISSA_UNIT: tl.constexpr,
     UNIT: tl.constexpr,
 ):
-    """`calibrate.rounding._quantize` of [GROUPS, BLOCK]: value, inside and position."""
-    position = tl.div_rn(w, tl.zeros_like(w) + scale[:, None])
+    """`calibrate.rounding._quantize` of [GROUPS, BLOCK]: the value less the zero point, and inside."""
     if TYPE == "symmetric" or TYPE == "asymmetric":
-        value = _round(position + v * UNIT) + zero[:, None]
-        inside = (value >= 0.0) & (value <= HIGHEST)
-        value = clamp(value, 0.0, HIGHEST)
+        nearest = _round(position + v * UNIT)
+        value = clamp(nearest, -zero[:, None], HIGHEST - zero[:, None])
+        inside = value == nearest
     else:
-        moved = position + v * UNIT * _spacing(position, HIGHEST, LEAST_POWER, MANTISSA_UNIT)
+        moved = position + v * UNIT * _spacing(tl.minimum(tl.abs(position), HIGHEST), LEAST_POWER, MANTISSA_UNIT)
         inside = tl.abs(moved) <= HIGHEST
         value = _round_to_grid(moved, HIGHEST, LEAST_POWER, MANTISSA_UNIT)
-    return value, inside, position
+    return value, inside
 
 
 @triton.jit
@@ -144,14 +154,15 @@ def _power_of_two(x):
 
 
 @triton.jit
-def _spacing(x, HIGHEST: tl.constexpr, LEAST_POWER: tl.constexpr, MANTISSA_UNIT: tl.constexpr):
-    return tl.maximum(_power_of_two(clamp(x, -HIGHEST, HIGHEST)), LEAST_POWER) * MANTISSA_UNIT
+def _spacing(x, LEAST_POWER: tl.constexpr, MANTISSA_UNIT: tl.constexpr):
+    """Between the values of the grid at x, which is inside it."""
+    return tl.maximum(_power_of_two(x), LEAST_POWER) * MANTISSA_UNIT
 
 
 @triton.jit
 def _round_to_grid(x, HIGHEST: tl.constexpr, LEAST_POWER: tl.constexpr, MANTISSA_UNIT: tl.constexpr):
     x = clamp(x, -HIGHEST, HIGHEST)
-    spacing = _spacing(x, HIGHEST, LEAST_POWER, MANTISSA_UNIT)
+    spacing = _spacing(x, LEAST_POWER, MANTISSA_UNIT)
     inverse = (0x7F000000 - spacing.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)  # of a power of two
     return _round(x * inverse) * spacing
 
