@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from calibrate.activations import InputStatistics, QuantizedInput, observe_inputs, quantized_inputs_of
 from calibrate.background import Background
-from calibrate.blocks import Block, capture_inputs, masked_parts
+from calibrate.blocks import Block, capture_inputs, masked_parts, token_parts
 from calibrate.chain import NonFiniteError, advance
 from calibrate.checkpoint import CheckpointWriter
 from calibrate.clock import Clock
@@ -208,7 +208,7 @@ def _calibrate_block(
             clock=clock,
         )
         with clock.phase("quantized chain"):
-            scales = _advance_quantized(working, quantized, block.name, plan)
+            scales = _advance_quantized(working, quantized, block.name, plan, tuned.heldout)
     scales |= {
         f"{block.name}.{name}.{made.type.static}": made.scale.cpu()
         for name, made in inputs.items()
@@ -243,11 +243,11 @@ def _write_blocks(
 def _statistics(
     working: WorkingBlock, schemes: Mapping[str, QuantScheme], quantized: Tensor, plan: Plan, recipe: Recipe
 ) -> dict[str, InputStatistics]:
-    """Of the layers' inputs, of every layer that needs them: ranges over all samples [S, T, H], for the scales of
+    """Of the layers' inputs, of every layer that needs them: ranges over all samples [S, T, H], for static scales of
     activations; everything else over those that are not held out."""
     needed = [name for name, s in schemes.items() if recipe.scale_search or recipe.gptq or s.activations is not None]
     first = len(quantized) - plan.heldout
-    if not recipe.gptq and all(scheme.activations is None for scheme in schemes.values()):
+    if not recipe.gptq and all(s.activations is None or s.activations.static is None for s in schemes.values()):
         # Which input features weigh how much shows in a part of the tokens.
         few = slice(min(first, -(-_IMPORTANCE_TOKENS // quantized.shape[1])))
         real = None if plan.real is None else plan.real[few]
@@ -277,10 +277,21 @@ def _place(device: torch.device, *hidden: Tensor) -> list[Tensor]:
     return [states.pin_memory() for states in hidden]
 
 
-def _advance_quantized(working: WorkingBlock, hidden: Tensor, name: str, plan: Plan) -> dict[str, Tensor]:
-    """Run the quantized block over its inputs [S, T, H], in place; the KV-cache scales seen on the way."""
+def _advance_quantized(
+    working: WorkingBlock, hidden: Tensor, name: str, plan: Plan, done: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Run the quantized block over its inputs [S, T, H], in place; the KV-cache scales seen on the way.
+
+    Args:
+        done: what it made of the last of them already.
+    """
     if plan.manifest.kv_cache is None:
-        working.advance(hidden)
+        first = len(hidden) - (0 if done is None else len(done))
+        whole = len(token_parts(hidden)[0])
+        to_do = -(-first // whole) * whole  # another shape would have to be compiled for
+        working.advance(hidden[:to_do])
+        if done is not None:
+            hidden[to_do:] = done[to_do - first :]
         return {}
     with observed(working.module) as ranges:
         for part, ranges.real in masked_parts(hidden, plan.real):

@@ -56,6 +56,7 @@ class TunedBlock:
     layers: dict[str, LayerReport]
     start: Verdict
     tuned: Verdict
+    heldout: Tensor  # [S', T, H] what the block makes of the held-out samples; of all, if none is held out
     kept_start: bool  # because tuning made the block worse
     final_loss: float | None  # of the last step's samples; None without steps
     in_fp8: bool  # the matrix products of its steps
@@ -96,20 +97,20 @@ def tune_block(
     """
     judges = slice(len(inputs) - heldout if heldout else 0, None)
 
-    def judge() -> Verdict:
+    def judge() -> tuple[Verdict, Tensor]:
         with clock.phase("verdict"):
             return _judge(working, inputs[judges], outputs[judges], None if real is None else real[judges], loss)
 
     if not schemes:
-        start = judge()
-        return TunedBlock({}, {}, start, start, kept_start=False, final_loss=None, in_fp8=False)
+        start, made = judge()
+        return TunedBlock({}, {}, start, start, made, kept_start=False, final_loss=None, in_fp8=False)
     working.module.requires_grad_(False)
     with clock.phase("scale search"):
         starts = _starts(working, schemes, statistics, recipe)
     shape = (recipe.iters, accumulate, recipe.batch_size)
     with clock.phase("set-up"):
         layers, steps = _set_up(working, schemes, starts, inputs, outputs, real, recipe, shape, loss)
-    start = judge()
+    start, made = judge()
     if not isfinite(start.loss):
         working.advance(inputs[judges].clone())  # names the layer
         raise NonFiniteError(f"the loss of the rounded block is {start.loss}")
@@ -128,16 +129,18 @@ def tune_block(
                 values[name] = _gptq(name, layer.target, starts[name][1], statistics[name])
     with clock.phase("freeze"):
         weights = {name: layer.finish(name, values.get(name)) for name, layer in layers.items()}
-    tuned = judge() if recipe.beyond_nearest else start
+    tuned = start
+    if recipe.beyond_nearest:
+        tuned, made = judge()
     kept_start = not tuned.loss <= start.loss  # NaN is worse
     if kept_start:
         for layer in layers.values():
             layer.restart()
         weights = {name: layer.finish(name) for name, layer in layers.items()}
-        tuned = judge()
+        tuned, made = judge()
     with clock.phase("report"):
         reports = {name: layer.report(weights[name]) for name, layer in layers.items()}
-    return TunedBlock(weights, reports, start, tuned, kept_start, final_loss, in_fp8)
+    return TunedBlock(weights, reports, start, tuned, made, kept_start, final_loss, in_fp8)
 
 
 @torch.no_grad()
@@ -190,19 +193,22 @@ def _gptq(name: str, target: Target, start: Rounding, statistics: InputStatistic
 
 
 @torch.no_grad()
-def _judge(working: WorkingBlock, inputs: Tensor, outputs: Tensor, real: Tensor | None, loss: Loss) -> Verdict:
-    """The block as it is, given its inputs and what should come out, [S, T, H]; NaN if its output is not finite."""
+def _judge(
+    working: WorkingBlock, inputs: Tensor, outputs: Tensor, real: Tensor | None, loss: Loss
+) -> tuple[Verdict, Tensor]:
+    """The block as it is, given its inputs and what should come out, [S, T, H], and what does; NaN if that is not
+    finite."""
     made = inputs.clone()
     try:
         working.advance(made)
     except NonFiniteError:
-        return Verdict(nan, nan)
+        return Verdict(nan, nan), made
     masks = [None] * len(made) if real is None else real.split(1)
     samples = zip(made.split(1), outputs.split(1), masks, strict=True)
     losses = [loss(mine.to(working.device), theirs.to(working.device), mask) for mine, theirs, mask in samples]
     tokens = torch.ones(len(made)) if real is None else real.sum(1)
     mean = (torch.stack(losses).double() * tokens.to(working.device)).sum() / tokens.sum()
-    return Verdict(relative_distance(made, outputs, real), mean.item())
+    return Verdict(relative_distance(made, outputs, real), mean.item()), made
 
 
 @torch.no_grad()

@@ -58,6 +58,7 @@ def tune(
             clock=Clock(torch.device("cpu")),
         )
         advance(block, inputs, arguments)
+    torch.testing.assert_close(tuned.heldout, inputs[len(inputs) - len(tuned.heldout) :])
     return tuned, relative_distance(inputs, targets), block
 
 
@@ -161,7 +162,7 @@ def test_accumulated_batches_of_padded_samples_count_tokens() -> None:
 
 def test_a_result_that_is_not_finite_on_the_held_out_samples_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     verdicts = iter([Verdict(0.1, 0.1), Verdict(nan, nan), Verdict(0.1, 0.1)])
-    monkeypatch.setattr("calibrate.tuning._judge", lambda *_: next(verdicts))
+    monkeypatch.setattr("calibrate.tuning._judge", lambda *_: (next(verdicts), torch.empty(0, 24, 64)))
     tuned, _, _ = tune(3, heldout=2)
     assert tuned.kept_start
     assert tuned.tuned.loss == 0.1
@@ -169,7 +170,12 @@ def test_a_result_that_is_not_finite_on_the_held_out_samples_is_not_kept(monkeyp
 
 def test_rounding_is_judged_once_and_cannot_be_worse_than_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     judged = []
-    monkeypatch.setattr("calibrate.tuning._judge", lambda *_: judged.append(1) or Verdict(1.0, float(len(judged))))
+
+    def judge(*_: object) -> tuple[Verdict, Tensor]:
+        judged.append(1)
+        return Verdict(1.0, float(len(judged))), torch.empty(0, 24, 64)
+
+    monkeypatch.setattr("calibrate.tuning._judge", judge)
     rounded, _, _ = tune(0, heldout=2)
     assert not rounded.kept_start
     assert len(judged) == 1
