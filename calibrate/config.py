@@ -55,7 +55,7 @@ class Recipe:
         return (self.lr or 1 / self.iters) * (1 - step / self.iters)
 
 
-_OURS: dict[str, Any] = {"scale_lr": 0.5, "scale_search": True, "kl_last_block": True}
+_OURS: dict[str, Any] = {"scale_lr": 0.5, "tuning_precision": "auto", "scale_search": True, "kl_last_block": True}
 RECIPES = {
     "default": Recipe(iters=200, batch_size=2, momentum=0.7, **_OURS),
     "best": Recipe(iters=400, batch_size=2, momentum=0.9, nsamples=320, end_to_end_iters=400, **_OURS),
