@@ -1,4 +1,4 @@
-"""The linear layers of a block that is worked on: they can quantize their input, and multiply in FP8.
+"""The linear layers of a block that is worked on: they can quantize their input, and be differentiated in FP8.
 
 Both are plain attributes that a forward looks at, and not hooks, so that torch.compile sees them change. Compiled,
 layers with the same input and the same scale, such as q, k and v, quantize it once.
@@ -22,7 +22,7 @@ class WorkingLinear(nn.Linear):
     """What `make_working` makes of a layer [N, K]."""
 
     quantized_input: QuantizedInput | None  # gradients pass straight through
-    fp8_most: Tensor | None  # scalar; multiply in FP8, with a weight that is below this
+    fp8_most: Tensor | None  # scalar; gradients by FP8 products, with a weight that is below this
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., K] -> [..., N]."""
@@ -63,7 +63,7 @@ def quantized_inputs(module: nn.Module, inputs: Mapping[str, QuantizedInput]) ->
 
 @contextmanager
 def fp8_matmuls(module: nn.Module, most: Mapping[str, Tensor]) -> Iterator[None]:
-    """Multiply in FP8, forward and backward, inside the context, where shapes and classes of layers allow it.
+    """Multiply in FP8 for gradients inside the context, where shapes and classes of layers allow it.
 
     Args:
         most: layer name -> a scalar that the magnitudes of its weight stay below.

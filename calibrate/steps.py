@@ -14,8 +14,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from calibrate.blocks import run_block
 from calibrate.layer_state import LayerState
-from calibrate.workbench import Loss, Samples, WorkingBlock
+from calibrate.workbench import Loss, Samples, WorkingBlock, loss_of_block
 
 GRAPHED = True  # where every layer can be recorded; False for measurements
 
@@ -99,10 +100,11 @@ class Steps:
 
     @torch.enable_grad()
     def gradients(self, picked: Tensor) -> list[Tensor]:
-        """Of the layers' weights as they are, from the samples numbered ``picked`` [B]."""
+        """Of the layers' weights as they are, from the samples numbered ``picked`` [B]; nothing is compiled for it."""
         weights = [layer.module.weight.requires_grad_(True) for layer in self._layers]
         real = None if self._real is None else self._real.index_select(0, picked.to(self._real.device))
-        error = self._working.loss_of(self._loss, self._feed.samples(picked), real)
+        block = self._working
+        error = loss_of_block(run_block, block.module, block.arguments, self._loss, self._feed.samples(picked), real)
         found = torch.autograd.grad(error, weights)
         for weight in weights:
             weight.requires_grad_(False)

@@ -59,7 +59,7 @@ class TunedBlock:
     heldout: Tensor  # [S', T, H] what the block makes of the held-out samples; of all, if none is held out
     kept_start: bool  # because tuning made the block worse
     final_loss: float | None  # of the last step's samples; None without steps
-    in_fp8: bool  # the matrix products of its steps
+    in_fp8: bool  # the matrix products of its steps' backward passes
 
 
 def tune_block(
@@ -118,7 +118,7 @@ def tune_block(
     final_loss, values, in_fp8 = None, dict[str, Tensor](), False
     if recipe.iters:
         with clock.phase("precision"):
-            in_fp8 = _in_fp8(working, schemes, steps, inputs.shape[1], recipe)
+            in_fp8 = _in_fp8(working, schemes, steps, inputs.shape[1], recipe, loss)
         order = sample_order(len(inputs) - heldout, shape, generator)
         with clock.phase("steps"), working.fp8_matmuls(schemes if in_fp8 else ()):
             steps.run(order, _rates(recipe), on_step, variant="fp8" if in_fp8 else "bf16")
@@ -161,9 +161,10 @@ def quantize_layer(
 
 
 def _in_fp8(
-    working: WorkingBlock, schemes: Mapping[str, QuantScheme], steps: Steps, tokens: int, recipe: Recipe
+    working: WorkingBlock, schemes: Mapping[str, QuantScheme], steps: Steps, tokens: int, recipe: Recipe, loss: Loss
 ) -> bool:
-    """What "auto" means for this block: FP8 is precise enough, and faster, which it is in compiled code only.
+    """What "auto" means for this block: FP8 is precise enough, and faster, which it is in code that is compiled, and
+    for more blocks than the last.
 
     Args:
         tokens: of a sample.
@@ -172,7 +173,8 @@ def _in_fp8(
         return recipe.tuning_precision == "fp8"
     possible = has_fp8(working.device) and fits_fp8(recipe.batch_size * tokens)
     in_bf16 = next(working.module.parameters()).dtype == torch.bfloat16
-    return possible and in_bf16 and working.compiled and fp8_suffices(working, schemes, steps, recipe.batch_size)
+    faster = working.compiled and loss is mean_squared_error
+    return possible and in_bf16 and faster and fp8_suffices(working, schemes, steps, recipe.batch_size)
 
 
 def _last_loss(steps: Steps, working: WorkingBlock, inputs: Tensor) -> float:

@@ -73,14 +73,10 @@ class WorkingBlock:
         return self._forward(self.module, hidden, self.arguments)
 
     def loss_of(self, loss: Loss, samples: Samples, real: Tensor | None = None) -> Tensor:
-        """The loss of the block's output for some samples, scalar float32; a plain function is compiled with the block.
-
-        Args:
-            real: [B, T] bool, the tokens that count; None: all.
-        """
+        """`loss_of_block` as fast as can be: a plain function is compiled with the block."""
         if self.compiled and isinstance(loss, FunctionType):
-            return cast(Tensor, compiled(_loss_of)(run_block, self.module, self.arguments, loss, samples, real))
-        return _loss_of(self._forward, self.module, self.arguments, loss, samples, real)
+            return cast(Tensor, compiled(loss_of_block)(run_block, self.module, self.arguments, loss, samples, real))
+        return loss_of_block(self._forward, self.module, self.arguments, loss, samples, real)
 
     def advance(self, hidden: Tensor) -> None:
         """`calibrate.chain.advance` through this block."""
@@ -143,7 +139,7 @@ class WorkingBlock:
             self.originals[name].copy_(mine if mine.dtype == weight.dtype else weight)
 
 
-def _loss_of(
+def loss_of_block(
     forward: Callable[[nn.Module, Tensor, dict[str, Any]], Tensor],
     module: nn.Module,
     arguments: dict[str, Any],
@@ -151,6 +147,11 @@ def _loss_of(
     samples: Samples,
     real: Tensor | None,
 ) -> Tensor:
+    """The loss of a block's output for some samples, scalar float32.
+
+    Args:
+        real: [B, T] bool, the tokens that count; None: all.
+    """
     inputs, targets, picked = samples
     if picked is not None:
         inputs, targets = inputs.index_select(0, picked), targets.index_select(0, picked)

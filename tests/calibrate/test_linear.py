@@ -62,7 +62,7 @@ def test_a_layer_of_another_class_is_refused() -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_fp8_products_are_those_of_rounded_factors(bias: bool) -> None:
+def test_gradients_in_fp8_are_those_of_rounded_factors(bias: bool) -> None:
     module = block(bias=bias).bfloat16()
     x = torch.randn(2, 24, 64, dtype=torch.bfloat16, requires_grad=True)
     seed = torch.randn(2, 24, 48, dtype=torch.bfloat16)
@@ -75,8 +75,8 @@ def test_fp8_products_are_those_of_rounded_factors(bias: bool) -> None:
     most = {name: 2 * module.get_submodule(name).weight.detach().abs().amax() for name in ("0", "2")}
     with fp8_matmuls(module, most):
         rounded = gradients()
-    assert torch.equal(gradients()[0], exact[0])
-    for mine, theirs in zip(rounded, exact, strict=True):
+    assert torch.equal(rounded[0], exact[0])  # only gradients are
+    for mine, theirs in zip(rounded[1:], exact[1:], strict=True):
         error = (mine - theirs).float().norm() / theirs.float().norm()
         # Each factor is rounded by 2^-4 of itself at most, in the mean by 2.6%; two or more such factors in a row.
         assert 0.01 < error < 0.08, error
