@@ -143,7 +143,8 @@ def _time_step(scheme: str, shape: BlockShape, batch: int, how: _How) -> dict[st
             mean_squared_error,
             shape_of_steps,
         )
-        order, rates = sample_order(len(hidden), shape_of_steps, torch.Generator().manual_seed(0)), _rates(recipe)
+        order = sample_order(len(hidden), shape_of_steps, torch.Generator().manual_seed(0))
+        rates = torch.stack([_rates(recipe, quant.weights)] * len(layers), dim=1)
         run = lambda: runner.run(order, rates, lambda: None)  # noqa: E731
         milliseconds = _milliseconds(run, repeats=3) / recipe.iters
         kernels = {"kernels": asdict(profiled(run, recipe.iters))} if how.compiled else {}

@@ -26,14 +26,14 @@ from vllm_autoround.format.errors import ManifestError, SchemeError
 
 _RECIPES_HELP = "\n".join(
     f"  {name:<16} {r.iters:>5} {r.batch_size:>6} {r.seqlen:>7} {r.nsamples:>8} "
-    f"{r.lr or ('1/iters' if r.iters else '-'):>8} {r.scale_lr:>9} {r.momentum:>9} "
+    f"{r.lr or ('1/iters' if r.iters else '-'):>8} {r.fine_lr:>8} {r.scale_lr:>9} {r.momentum:>9} "
     f"{'yes' if r.scale_search else 'no':>7} {'yes' if r.kl_last_block else 'no':>5} {'yes' if r.gptq else 'no':>5} "
     f"{r.end_to_end_iters or '-':>5} {r.end_to_end_lr if r.end_to_end_iters else '-':>6} {r.tuning_precision:>5}"
     for name, r in RECIPES.items()
 )
 _RECIPES_HEAD = (
-    f"  {'recipe':<16} {'iters':>5} {'batch':>6} {'seqlen':>7} {'nsamples':>8} {'lr':>8} {'scale-lr':>9} "
-    f"{'momentum':>9} {'search':>7} {'kl':>5} {'gptq':>5} {'e2e':>5} {'e2e-lr':>6} {'prec.':>5}"
+    f"  {'recipe':<16} {'iters':>5} {'batch':>6} {'seqlen':>7} {'nsamples':>8} {'lr':>8} {'fine-lr':>8} "
+    f"{'scale-lr':>9} {'momentum':>9} {'search':>7} {'kl':>5} {'gptq':>5} {'e2e':>5} {'e2e-lr':>6} {'prec.':>5}"
 )
 _SCHEMES_HELP = """schemes:
   W2A16 ... W8A16  integer weights; _ASYM for zero points, G64 or the like for the group size: W3A16_ASYM, W2A16G64
@@ -126,7 +126,8 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--iters", type=int, metavar="N", help="steps a block; 0: none")
     how.add_argument("--batch-size", type=int, metavar="N", help="samples a step")
     how.add_argument("--lr", type=float, help="first learning rate, falling to 0 linearly")
-    how.add_argument("--scale-lr", type=float, metavar="F", help="rate of the scales, relative to lr")
+    how.add_argument("--fine-lr", type=float, metavar="F", help="rate of integers of 4 bits and more, relative to lr")
+    how.add_argument("--scale-lr", type=float, metavar="F", help="rate of the scales, relative to their weights'")
     how.add_argument(
         "--momentum", type=float, metavar="F", help="share of the gradients' running mean that a step keeps"
     )

@@ -35,7 +35,8 @@ class Recipe:
     seqlen: int = 2048  # tokens a sample
     nsamples: int = 128
     lr: float | None = None  # of the first step; None: 1 / iters
-    scale_lr: float = 1.0  # of the scales, relative to lr
+    fine_lr: float = 1.0  # of integers of 4 bits and more, relative to lr
+    scale_lr: float = 1.0  # of the scales, relative to their weights' rate
     momentum: float = 0.0  # share of the running mean of the gradients that a step keeps
     optimizer: Optimizer = "signsgd"  # adamw: with torch's betas, not ``momentum``
     tuning_precision: Precision = "bf16"  # of the matrix products in a step, forward and backward
@@ -55,9 +56,15 @@ class Recipe:
         return (self.lr or 1 / self.iters) * (1 - step / self.iters)
 
 
-_OURS: dict[str, Any] = {"scale_lr": 0.5, "tuning_precision": "auto", "scale_search": True, "kl_last_block": True}
+_OURS: dict[str, Any] = {
+    "fine_lr": 0.75,
+    "scale_lr": 0.5,
+    "tuning_precision": "auto",
+    "scale_search": True,
+    "kl_last_block": True,
+}
 RECIPES = {
-    "default": Recipe(iters=200, batch_size=2, momentum=0.7, **_OURS),
+    "default": Recipe(iters=200, batch_size=2, momentum=0.5, **_OURS),
     "best": Recipe(iters=400, batch_size=2, momentum=0.9, nsamples=320, end_to_end_iters=400, **_OURS),
     "fast": Recipe(iters=200, batch_size=1, momentum=0.5, **_OURS),
     "light": Recipe(iters=50, batch_size=2, momentum=0.5, **_OURS),
@@ -94,6 +101,7 @@ class CalibrationConfig:
     seqlen: int | None = None
     nsamples: int | None = None
     lr: float | None = None
+    fine_lr: float | None = None
     scale_lr: float | None = None
     momentum: float | None = None
     optimizer: Optimizer | None = None
@@ -170,7 +178,7 @@ class CalibrationConfig:
             value = getattr(self, field)
             if value is not None and (type(value) is not int or value < limit):
                 problems.append(f"{field.replace('_', '-')} must be a whole number of at least {limit}, got {value!r}")
-        for field in ("lr", "scale_lr", "end_to_end_lr"):
+        for field in ("lr", "fine_lr", "scale_lr", "end_to_end_lr"):
             value = getattr(self, field)
             if value is not None and not 0 < value <= 1:
                 problems.append(f"{field.replace('_', '-')} must be above 0 and at most 1, got {value}")

@@ -47,7 +47,7 @@ class Steps:
         self._working, self._layers, self._loss, self._real = working, layers, loss, real
         self._step = torch.zeros(1, dtype=torch.long, device=device)
         self._order = torch.zeros(shape, dtype=torch.long, device=device)
-        self._rates = torch.zeros(shape[0], 2, device=device)
+        self._rates = torch.zeros(shape[0], len(layers), 2, device=device)
         self.losses = torch.zeros(shape[0], device=device)
         near = inputs.device == device
         self._feed = (
@@ -62,7 +62,7 @@ class Steps:
 
         Args:
             order: [steps, batches, B] sample numbers.
-            rates: [steps, 2], of offsets and clips; see `calibrate.rounding.sign_step`.
+            rates: [steps, layers, 2], of offsets and clips; see `calibrate.rounding.sign_step`.
             on_step: called after every step.
             variant: of the block's forward; what was recorded for one serves no other.
         """
@@ -116,8 +116,8 @@ class Steps:
             error = self._working.loss_of(self._loss, samples, counted) * share
             error.backward()
             self.losses.index_add_(0, self._step, error.detach().reshape(1))
-        rate = self._rates.index_select(0, self._step)[0]
-        for layer in self._layers:
+        rates = self._rates.index_select(0, self._step)[0]
+        for layer, rate in zip(self._layers, rates, strict=True):
             layer.step(rate)
             layer.module.weight.grad = None
         self._step += 1

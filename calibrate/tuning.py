@@ -30,7 +30,9 @@ from calibrate.scale_search import search_scales
 from calibrate.steps import Steps
 from calibrate.workbench import Loss, WorkingBlock
 from vllm_autoround.format.scheme import QuantScheme
-from vllm_autoround.format.weights import QuantizedWeight
+from vllm_autoround.format.weights import Integer, QuantizedWeight, WeightType
+
+_FINE_BITS = 4
 
 
 def mean_squared_error(output: Tensor, target: Tensor, real: Tensor | None = None) -> Tensor:
@@ -121,7 +123,8 @@ def tune_block(
             in_fp8 = _in_fp8(working, schemes, steps, inputs.shape[1], recipe, loss)
         order = sample_order(len(inputs) - heldout, shape, generator)
         with clock.phase("steps"), working.fp8_matmuls(schemes if in_fp8 else ()):
-            steps.run(order, _rates(recipe), on_step, variant="fp8" if in_fp8 else "bf16")
+            rates = torch.stack([_rates(recipe, scheme.weights) for scheme in schemes.values()], dim=1)
+            steps.run(order, rates, on_step, variant="fp8" if in_fp8 else "bf16")
             final_loss = _last_loss(steps, working, inputs)
     if recipe.gptq:
         with clock.phase("gptq"):
@@ -263,9 +266,11 @@ def _set_up(
     return layers, steps
 
 
-def _rates(recipe: Recipe) -> Tensor:
+def _rates(recipe: Recipe, kind: WeightType) -> Tensor:
     """[steps, 2] float32: learning rates of offsets, in units, and of clips."""
     rates = torch.tensor([recipe.learning_rate(step) for step in range(recipe.iters)], dtype=torch.float64)
+    if isinstance(kind, Integer) and kind.bits >= _FINE_BITS:
+        rates *= recipe.fine_lr
     # Whole units of which the sum is right after every step, so that small rates at the end do not round to nothing.
     sums = (rates.cumsum(0) / OFFSET_UNIT).round()
     return torch.stack([sums.diff(prepend=sums.new_zeros(1)), rates * recipe.scale_lr], dim=1).float()

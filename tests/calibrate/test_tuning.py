@@ -13,6 +13,7 @@ from calibrate.blocks import capture_inputs, find_blocks, run_block
 from calibrate.chain import NonFiniteError, advance, relative_distance
 from calibrate.clock import Clock
 from calibrate.config import Recipe
+from calibrate.layer_state import LayerState
 from calibrate.rounding import OFFSET_UNIT
 from calibrate.tuning import TunedBlock, Verdict, _rates, sample_order, tune_block
 from calibrate.workbench import Workbench
@@ -32,6 +33,7 @@ def tune(
     recipe: Recipe = PLAIN,
     heldout: int = 0,
     real: Tensor | None = None,
+    mixed: dict[str, str] | None = None,
 ) -> tuple[TunedBlock, float, nn.Module]:
     model = make_model(tf.LlamaConfig(**COMMON)).bfloat16()
     blocks = find_blocks(model)
@@ -41,6 +43,7 @@ def tune(
     inputs, targets = captured.hidden.clone(), captured.hidden.clone()
     advance(block, targets, arguments)
     schemes = dict.fromkeys(blocks[0].linears(), QuantScheme.parse(scheme))
+    schemes |= {name: QuantScheme.parse(other) for name, other in (mixed or {}).items()}
     statistics = observe_inputs(block, schemes, inputs, arguments, second_moments=recipe.gptq)
     with working.quantized_inputs(quantized_inputs_of(schemes, statistics)):
         tuned = tune_block(
@@ -188,12 +191,33 @@ def test_every_sample_comes_once_before_any_comes_again() -> None:
 
 @pytest.mark.parametrize("iters", [1, 50, 200, 1000])
 def test_rates_are_whole_units_and_their_sum_is_that_of_the_schedule(iters: int) -> None:
-    recipe = replace(PLAIN, iters=iters, scale_lr=0.5)
-    offsets, clips = _rates(recipe).double().unbind(1)
+    recipe = replace(PLAIN, iters=iters, fine_lr=0.25, scale_lr=0.5)
+    offsets, clips = _rates(recipe, QuantScheme.parse("W3A16").weights).double().unbind(1)
     exact = torch.tensor([recipe.learning_rate(step) for step in range(iters)]).double()
     assert torch.equal(offsets, offsets.round())
     assert ((offsets.cumsum(0) * OFFSET_UNIT - exact.cumsum(0)).abs() <= 0.51 * OFFSET_UNIT).all()
     torch.testing.assert_close(clips, 0.5 * exact, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(("scheme", "share"), [("W4A16", 0.25), ("W8A16_ASYM", 0.25), ("W2A16", 1), ("MXFP4", 1)])
+def test_integers_of_four_bits_and_more_have_a_rate_of_their_own(scheme: str, share: float) -> None:
+    recipe = replace(PLAIN, iters=50, fine_lr=0.25)
+    rates = _rates(recipe, QuantScheme.parse(scheme).weights)
+    torch.testing.assert_close(rates[:, 1], share * _rates(recipe, QuantScheme.parse("W3A16").weights)[:, 1])
+
+
+def test_each_layer_of_a_block_has_its_own_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[int, set[float]] = {}
+    step = LayerState.step
+
+    def recording(layer: LayerState, rate: Tensor) -> None:
+        seen.setdefault(layer.target.type.bits, set()).add(rate[1].item())
+        step(layer, rate)
+
+    monkeypatch.setattr(LayerState, "step", recording)
+    mixed = {"mlp.down_proj": "W4A16G32"}
+    tune(1, recipe=replace(PLAIN, fine_lr=0.25), mixed=mixed)
+    assert seen == {3: {1.0}, 4: {0.25}}
 
 
 def test_an_output_that_is_not_finite_names_the_layer() -> None:
