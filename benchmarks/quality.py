@@ -34,6 +34,7 @@ from benchmarks.evaluation import (
 )
 from benchmarks.peer import run_auto_round
 from benchmarks.provenance import RESULTS, write_result
+from benchmarks.variants import HELP, recipe_of, variant
 from calibrate import calibrate
 from calibrate.config import RECIPES, Precision, Recipe
 from calibrate.data import load_samples
@@ -188,12 +189,13 @@ def _samples(args: argparse.Namespace, contest: Contest, seed: int, recipe: Reci
 def _recipes(args: argparse.Namespace) -> dict[str, Recipe]:
     """Every recipe in every precision of its steps, on as many samples as it takes and this run has at least."""
     recipes = {}
-    for name in args.recipes:
-        recipe = RECIPES[name]
-        nsamples = args.nsamples if recipe.nsamples == 128 else max(args.nsamples, recipe.nsamples)
+    for text in args.recipes:
+        plain = RECIPES[text.partition(":")[0]]
+        nsamples = args.nsamples if plain.nsamples == 128 else max(args.nsamples, plain.nsamples)
+        recipe = recipe_of(text, nsamples=nsamples, seqlen=args.seqlen)
         for precision in args.precisions if recipe.iters and args.precisions else [recipe.tuning_precision]:
-            label = f"{name} {precision}" if recipe.iters and args.precisions else name
-            recipes[label] = replace(recipe, nsamples=nsamples, seqlen=args.seqlen, tuning_precision=precision)
+            label = f"{text} {precision}" if recipe.iters and args.precisions else text
+            recipes[label] = replace(recipe, tuning_precision=precision)
     return recipes
 
 
@@ -213,14 +215,14 @@ def _misses(rows: list[Row], max_ppl: Mapping[str, float], min_accuracy: Mapping
 
 
 def _table(rows: list[Row]) -> str:
-    head = f"{'scheme':<14}{'weights':<18}{'seed':>6}{'ppl':>9}{'accuracy':>10}{'seconds':>9}"
+    head = f"{'scheme':<14}{'weights':<26}{'seed':>6}{'ppl':>9}{'accuracy':>10}{'seconds':>9}"
     return "\n".join([head, *map(_line, rows)])
 
 
 def _line(row: Row) -> str:
     seed = "-" if row.seed is None else row.seed
     seconds = "-" if row.seconds is None else f"{row.seconds:.1f}"
-    return f"{row.scheme:<14}{row.weights:<18}{seed:>6}{row.ppl:>9.3f}{row.accuracy:>10.3f}{seconds:>9}"
+    return f"{row.scheme:<14}{row.weights:<26}{seed:>6}{row.ppl:>9.3f}{row.accuracy:>10.3f}{seconds:>9}"
 
 
 def _limit(text: str) -> tuple[str, float]:
@@ -238,7 +240,14 @@ def _parse() -> argparse.Namespace:
     what.add_argument("--problems-train", type=Path, required=True, metavar="FILE", help="examples, GSM8K's format")
     what.add_argument("--problems-test", type=Path, required=True, metavar="FILE", help="problems, GSM8K's format")
     what.add_argument("--schemes", nargs="+", default=["W4A16", "W3A16"], help="default: W4A16 W3A16")
-    what.add_argument("--recipes", nargs="+", default=["rtn", "default"], choices=RECIPES, help="default: rtn default")
+    what.add_argument(
+        "--recipes",
+        nargs="+",
+        type=variant,
+        default=["rtn", "default"],
+        metavar="RECIPE[:FIELD=VALUE,...]",
+        help=f"{HELP} (default: rtn default)",
+    )
     what.add_argument(
         "--precisions", nargs="+", choices=get_args(Precision), help="of our steps (default: the recipe's)"
     )

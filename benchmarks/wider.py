@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from benchmarks.evaluation import check_levels, forget, perplexity, read_windows
 from benchmarks.peer import run_auto_round
 from benchmarks.pretraining import token_stream, train
 from benchmarks.provenance import RESULTS, write_result
+from benchmarks.variants import HELP, recipe_of, variant
 from calibrate import calibrate
 from calibrate.config import RECIPES, Recipe
 from calibrate.data import load_samples
@@ -131,8 +132,8 @@ class Contest:
 def main() -> int:
     args = _parse()
     device = resolve_device(args.device)
-    variants = {text: _variant(text, args) for text in args.variants}
-    peer = _scaled(_PEER, args)
+    variants = {text: recipe_of(text, **_lengths(RECIPES[text.partition(":")[0]], args)) for text in args.variants}
+    peer = replace(_PEER, **_lengths(_PEER, args))
     with ExitStack() as stack:
         work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         training = _trained_model(work, args, device)
@@ -236,34 +237,10 @@ def _new(path: Path) -> Path:
     return path
 
 
-def _scaled(recipe: Recipe, args: argparse.Namespace) -> Recipe:
-    """The recipe on this run's lengths, and with its samples and steps if it names them."""
+def _lengths(recipe: Recipe, args: argparse.Namespace) -> dict[str, int]:
+    """This run's tokens a sample, and its samples and steps if it names them."""
     iters = args.iters if args.iters and recipe.iters else recipe.iters
-    return replace(recipe, iters=iters, nsamples=args.nsamples or recipe.nsamples, seqlen=args.seqlen)
-
-
-def _variant(text: str, args: argparse.Namespace) -> Recipe:
-    """``"default:batch_size=4,momentum=0.5"`` -> that recipe, with what it says itself."""
-    name, _, overrides = text.partition(":")
-    pairs = (pair.partition("=") for pair in overrides.split(",") if pair)
-    values: dict[str, Any] = {field: json.loads(value) for field, _, value in pairs}
-    return replace(_scaled(RECIPES[name], args), **values)
-
-
-def _checked_variant(text: str) -> str:
-    name, _, overrides = text.partition(":")
-    known = {field.name for field in fields(Recipe)} - {"seqlen", "optimizer"}
-    for pair in overrides.split(",") if overrides else []:
-        field, _, value = pair.partition("=")
-        if field not in known:
-            raise argparse.ArgumentTypeError(f"{field} is unknown; known are {', '.join(sorted(known))}")
-        try:
-            json.loads(value)
-        except json.JSONDecodeError:
-            raise argparse.ArgumentTypeError(f"{pair}: write a number, true or false behind =") from None
-    if name not in RECIPES:
-        raise argparse.ArgumentTypeError(f"{name} is unknown; known are {', '.join(RECIPES)}")
-    return text
+    return {"iters": iters, "nsamples": args.nsamples or recipe.nsamples, "seqlen": args.seqlen}
 
 
 def _table(rows: list[Row], training: dict[str, Any]) -> str:
@@ -311,10 +288,10 @@ def _parse() -> argparse.Namespace:
     what.add_argument(
         "--variants",
         nargs="+",
-        type=_checked_variant,
+        type=variant,
         default=_VARIANTS,
         metavar="RECIPE[:FIELD=VALUE,...]",
-        help=f"recipes, as they are or changed, e.g. fast:iters=400 (default: {' '.join(_VARIANTS)})",
+        help=f"{HELP} (default: {' '.join(_VARIANTS)})",
     )
     what.add_argument(
         "--peer",

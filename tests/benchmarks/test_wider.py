@@ -1,19 +1,15 @@
-"""What the benchmark at larger width holds out stays out, and its variants are what they say."""
+"""What the benchmark at larger width holds out stays out."""
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks.corpus import read_corpus, train_tokenizer
 from benchmarks.pretraining import _schedule, token_stream
-from benchmarks.wider import _checked_variant, _variant
-from calibrate.config import RECIPES
 
 TEXTS = [f"{number} bottles of beer on the wall, take {number % 7} down\n" * 3 for number in range(120)]
 
@@ -53,18 +49,6 @@ def test_the_stream_is_the_texts_with_an_end_behind_each() -> None:
     tokenizer = train_tokenizer(TEXTS, 300)
     stream = token_stream(tokenizer, TEXTS[:3])
     assert tokenizer.decode(stream.tolist()) == "".join(text + tokenizer.eos_token for text in TEXTS[:3])
-
-
-def test_variants() -> None:
-    args = argparse.Namespace(iters=None, nsamples=None, seqlen=1024)
-    assert _variant("default", args) == replace(RECIPES["default"], seqlen=1024)
-    changed = _variant("fast:iters=400,scale_search=false", args)
-    assert changed == replace(RECIPES["fast"], iters=400, scale_search=False, seqlen=1024)
-    # What a variant names counts more than what all get.
-    assert _variant("fast:iters=400", argparse.Namespace(iters=4, nsamples=8, seqlen=64)).iters == 400
-    for wrong in ("slow", "fast:steps=4", "fast:iters=many", "fast:seqlen=3"):
-        with pytest.raises(argparse.ArgumentTypeError):
-            _checked_variant(wrong)
 
 
 def test_the_rate_rises_from_nothing_and_falls() -> None:

@@ -1,0 +1,40 @@
+"""Recipes with changes, as a benchmark's command line has them: ``default:batch_size=4,momentum=0.7``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import fields, replace
+from typing import Any
+
+from calibrate.config import RECIPES, Recipe
+
+HELP = "recipes, as they are or changed, e.g. fast:iters=400"
+_SETTABLE = {field.name for field in fields(Recipe)} - {"seqlen", "optimizer"}
+
+
+def variant(text: str) -> str:
+    """``text``, if it names a recipe and fields with values in JSON; for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: it does not.
+    """
+    name, _, changes = text.partition(":")
+    for pair in changes.split(",") if changes else []:
+        field, _, value = pair.partition("=")
+        if field not in _SETTABLE:
+            raise argparse.ArgumentTypeError(f"{field} is unknown; known are {', '.join(sorted(_SETTABLE))}")
+        try:
+            json.loads(value)
+        except json.JSONDecodeError:
+            raise argparse.ArgumentTypeError(f'{pair}: write a number, true, false or "text" behind =') from None
+    if name not in RECIPES:
+        raise argparse.ArgumentTypeError(f"{name} is unknown; known are {', '.join(RECIPES)}")
+    return text
+
+
+def recipe_of(text: str, **defaults: Any) -> Recipe:
+    """The recipe with ``defaults``, and over them what the text says itself."""
+    name, _, changes = text.partition(":")
+    pairs = (pair.partition("=") for pair in changes.split(",") if pair)
+    return replace(RECIPES[name], **{**defaults, **{field: json.loads(value) for field, _, value in pairs}})
