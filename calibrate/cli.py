@@ -139,8 +139,8 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--tuning-precision",
         choices=get_args(Precision),
-        help="of the matrix products in a step's backward pass; fp8 needs a GPU that has it (Ada, Hopper, Blackwell); "
-        "auto takes it for blocks where it is faster and turns fewer signs of the gradient than the choice of samples",
+        help="of the products in a step's backward pass; fp8 needs Ada, Hopper or Blackwell; auto takes it where it "
+        "is faster and as good",
     )
     how.add_argument(
         "--scale-search", action=argparse.BooleanOptionalAction, help="start from the best scales of a grid"

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -144,13 +144,20 @@ def resolve_device(name: str) -> torch.device:
 
 
 def compute_dtype(device: torch.device, model_dtype: torch.dtype) -> torch.dtype:
-    """What blocks run in: float32 on the CPU; on a GPU bfloat16 for 16-bit models, for its range in the gradients.
+    """What blocks run in: bfloat16 for 16-bit models, for its range in the gradients, where that is fast, and float32
+    otherwise; a CPU needs AMX for it.
 
     Weights are quantized from, and scales stored in, the model's own dtype all the same.
     """
-    if device.type == "cpu" or model_dtype == torch.float32:
+    if model_dtype == torch.float32 or (device.type == "cpu" and not has_amx()):
         return torch.float32
     return torch.bfloat16
+
+
+def has_amx() -> bool:
+    """Whether the CPU multiplies in bfloat16 as fast as it should."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every version of torch
+    return bool(capabilities.get("amx_bf16"))
 
 
 def _outside_layers(source: Source, inside: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from math import nan
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -247,7 +248,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, d
 
     def calibrated(**changes: Any) -> tuple[Path, dict[str, Any], dict[str, Any]]:
         out = tmp_path_factory.mktemp("run") / "out"
-        report = calibrate(DEMO_MODEL, out, **settings | changes)
+        with mock.patch("calibrate.plan.has_amx", return_value=False):  # float32
+            report = calibrate(DEMO_MODEL, out, **settings | changes)
         return out, settings | changes, report
 
     return calibrated

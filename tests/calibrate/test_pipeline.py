@@ -12,7 +12,7 @@ from torch import Tensor
 from calibrate.blocks import capture_inputs
 from calibrate.config import RECIPES, CalibrationConfig
 from calibrate.pipeline import _advance_quantized, _statistics
-from calibrate.plan import Plan, make_plan
+from calibrate.plan import Plan, compute_dtype, make_plan
 from calibrate.source import load_source
 from calibrate.workbench import Workbench, WorkingBlock
 from tests.calibrate.exports import llama, save_source
@@ -78,3 +78,20 @@ def _first_block(folder: Path, scheme: str) -> tuple[Plan, Tensor, WorkingBlock]
     plan = make_plan(source, folder / "out", config)
     hidden, arguments = capture_inputs(source.model, plan.blocks, plan.samples, torch.float32)
     return plan, hidden, Workbench(plan.device, torch.float32).load(plan.blocks[0], arguments[0])
+
+
+@pytest.mark.parametrize(
+    ("device", "amx", "model", "computes"),
+    [
+        ("cpu", False, torch.bfloat16, torch.float32),
+        ("cpu", True, torch.float16, torch.bfloat16),
+        ("cpu", True, torch.float32, torch.float32),
+        ("cuda", False, torch.float16, torch.bfloat16),
+        ("cuda", False, torch.float32, torch.float32),
+    ],
+)
+def test_blocks_run_in_bfloat16_where_that_is_fast(
+    device: str, amx: bool, model: torch.dtype, computes: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("calibrate.plan.has_amx", lambda: amx)
+    assert compute_dtype(torch.device(device), model) == computes
