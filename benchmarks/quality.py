@@ -34,9 +34,9 @@ from benchmarks.evaluation import (
 )
 from benchmarks.peer import run_auto_round
 from benchmarks.provenance import RESULTS, write_result
-from benchmarks.variants import HELP, recipe_of, variant
+from benchmarks.variants import HELP, base_of, recipe_of, variant
 from calibrate import calibrate
-from calibrate.config import RECIPES, Precision, Recipe
+from calibrate.config import Precision, Recipe
 from calibrate.data import load_samples
 from calibrate.plan import resolve_device
 from vllm_autoround.format.scheme import QuantScheme
@@ -190,7 +190,7 @@ def _recipes(args: argparse.Namespace) -> dict[str, Recipe]:
     """Every recipe in every precision of its steps, on as many samples as it takes and this run has at least."""
     recipes = {}
     for text in args.recipes:
-        plain = RECIPES[text.partition(":")[0]]
+        plain = base_of(text)
         nsamples = args.nsamples if plain.nsamples == 128 else max(args.nsamples, plain.nsamples)
         recipe = recipe_of(text, nsamples=nsamples, seqlen=args.seqlen)
         for precision in args.precisions if recipe.iters and args.precisions else [recipe.tuning_precision]:

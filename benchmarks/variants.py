@@ -7,7 +7,7 @@ import json
 from dataclasses import fields, replace
 from typing import Any
 
-from calibrate.config import RECIPES, Recipe
+from calibrate.config import RECIPES, CalibrationConfig, CalibrationError, Recipe
 
 HELP = "recipes, as they are or changed, e.g. fast:iters=400"
 _SETTABLE = {field.name for field in fields(Recipe)} - {"seqlen", "optimizer"}
@@ -30,11 +30,23 @@ def variant(text: str) -> str:
             raise argparse.ArgumentTypeError(f'{pair}: write a number, true, false or "text" behind =') from None
     if name not in RECIPES:
         raise argparse.ArgumentTypeError(f"{name} is unknown; known are {', '.join(RECIPES)}")
+    try:
+        CalibrationConfig(recipe=name, **_changes(text))
+    except (CalibrationError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
     return text
+
+
+def base_of(text: str) -> Recipe:
+    """The recipe before its changes."""
+    return RECIPES[text.partition(":")[0]]
 
 
 def recipe_of(text: str, **defaults: Any) -> Recipe:
     """The recipe with ``defaults``, and over them what the text says itself."""
-    name, _, changes = text.partition(":")
-    pairs = (pair.partition("=") for pair in changes.split(",") if pair)
-    return replace(RECIPES[name], **{**defaults, **{field: json.loads(value) for field, _, value in pairs}})
+    return replace(base_of(text), **defaults | _changes(text))
+
+
+def _changes(text: str) -> dict[str, Any]:
+    pairs = (pair.partition("=") for pair in text.partition(":")[2].split(",") if pair)
+    return {field: json.loads(value) for field, _, value in pairs}

@@ -31,9 +31,9 @@ from benchmarks.evaluation import check_levels, forget, perplexity, read_windows
 from benchmarks.peer import run_auto_round
 from benchmarks.pretraining import token_stream, train
 from benchmarks.provenance import RESULTS, write_result
-from benchmarks.variants import HELP, recipe_of, variant
+from benchmarks.variants import HELP, base_of, recipe_of, variant
 from calibrate import calibrate
-from calibrate.config import RECIPES, Recipe
+from calibrate.config import Recipe
 from calibrate.data import load_samples
 from calibrate.plan import resolve_device
 from vllm_autoround.format.scheme import QuantScheme
@@ -132,7 +132,7 @@ class Contest:
 def main() -> int:
     args = _parse()
     device = resolve_device(args.device)
-    variants = {text: recipe_of(text, **_lengths(RECIPES[text.partition(":")[0]], args)) for text in args.variants}
+    variants = {text: recipe_of(text, **_lengths(base_of(text), args)) for text in args.variants}
     peer = replace(_PEER, **_lengths(_PEER, args))
     with ExitStack() as stack:
         work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 DEFAULT_DATASET = "NeelNanda/pile-10k"
 IGNORE = "ignore"  # the scheme of a layer that stays as it is
+FINE_BITS = 4  # of integers, from which on `Recipe.fine_lr` counts
 
 Dataset = str | Sequence[str] | Sequence[Sequence[int]]
 KVCache = Literal["fp8", "fp8_per_head"]
@@ -35,11 +36,11 @@ class Recipe:
     seqlen: int = 2048  # tokens a sample
     nsamples: int = 128
     lr: float | None = None  # of the first step; None: 1 / iters
-    fine_lr: float = 1.0  # of integers of 4 bits and more, relative to lr
+    fine_lr: float = 1.0  # of integers of FINE_BITS and more, relative to lr; with less, fewer weights move
     scale_lr: float = 1.0  # of the scales, relative to their weights' rate
     momentum: float = 0.0  # share of the running mean of the gradients that a step keeps
     optimizer: Optimizer = "signsgd"  # adamw: with torch's betas, not ``momentum``
-    tuning_precision: Precision = "bf16"  # of the matrix products in a step, forward and backward
+    tuning_precision: Precision = "bf16"  # of the matrix products in a step's backward pass
     scale_search: bool = False  # start from the best scales of a grid; else from the full range
     kl_last_block: bool = False  # tune the last block on the model's output distribution; else on its hidden states
     gptq: bool = False  # without steps: round by GPTQ and coordinate descent; else to nearest

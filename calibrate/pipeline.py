@@ -243,8 +243,8 @@ def _write_blocks(
 def _statistics(
     working: WorkingBlock, schemes: Mapping[str, QuantScheme], quantized: Tensor, plan: Plan, recipe: Recipe
 ) -> dict[str, InputStatistics]:
-    """Of the layers' inputs, of every layer that needs them: ranges over all samples [S, T, H], for static scales of
-    activations; everything else over those that are not held out."""
+    """Of the layers' inputs, of every layer that needs them: for static scales of activations ranges over all samples
+    [S, T, H], and everything else over those that are not held out; without these, and without GPTQ, all over a few."""
     needed = [name for name, s in schemes.items() if recipe.scale_search or recipe.gptq or s.activations is not None]
     first = len(quantized) - plan.heldout
     if not recipe.gptq and all(s.activations is None or s.activations.static is None for s in schemes.values()):
@@ -289,7 +289,8 @@ def _advance_quantized(
         first = len(hidden) - (0 if done is None else len(done))
         whole = len(token_parts(hidden)[0])
         to_do = -(-first // whole) * whole  # another shape would have to be compiled for
-        working.advance(hidden[:to_do])
+        if to_do:
+            working.advance(hidden[:to_do])
         if done is not None:
             hidden[to_do:] = done[to_do - first :]
         return {}

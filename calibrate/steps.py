@@ -47,7 +47,8 @@ class Steps:
         self._working, self._layers, self._loss, self._real = working, layers, loss, real
         self._step = torch.zeros(1, dtype=torch.long, device=device)
         self._order = torch.zeros(shape, dtype=torch.long, device=device)
-        self._rates = torch.zeros(shape[0], len(layers), 2, device=device)
+        # Filled up to 16 bytes a layer, or Triton would compile for two alignments.
+        self._rates = torch.zeros(shape[0], len(layers), 4, device=device)
         self.losses = torch.zeros(shape[0], device=device)
         near = inputs.device == device
         self._feed = (
@@ -76,7 +77,7 @@ class Steps:
         for layer in self._layers:
             layer.restart()
         self._order.copy_(order)
-        self._rates.copy_(rates)
+        self._rates[..., :2] = rates
         self.losses.zero_()
         self._step.zero_()
         self._feed.start(order)
@@ -117,7 +118,7 @@ class Steps:
             error.backward()
             self.losses.index_add_(0, self._step, error.detach().reshape(1))
         rates = self._rates.index_select(0, self._step)[0]
-        for layer, rate in zip(self._layers, rates, strict=True):
+        for layer, rate in zip(self._layers, rates[:, :2], strict=True):
             layer.step(rate)
             layer.module.weight.grad = None
         self._step += 1

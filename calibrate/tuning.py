@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from calibrate.activations import InputStatistics
 from calibrate.chain import NonFiniteError, first_non_finite, relative_distance
 from calibrate.clock import Clock
-from calibrate.config import Recipe
+from calibrate.config import FINE_BITS, Recipe
 from calibrate.fp8_matmul import fits_fp8, has_fp8
 from calibrate.gptq import gptq
 from calibrate.layer_schemes import fused_groups
@@ -31,8 +31,6 @@ from calibrate.steps import Steps
 from calibrate.workbench import Loss, WorkingBlock
 from vllm_autoround.format.scheme import QuantScheme
 from vllm_autoround.format.weights import Integer, QuantizedWeight, WeightType
-
-_FINE_BITS = 4
 
 
 def mean_squared_error(output: Tensor, target: Tensor, real: Tensor | None = None) -> Tensor:
@@ -105,6 +103,7 @@ def tune_block(
 
     if not schemes:
         start, made = judge()
+        _check_start(start, working, inputs[judges])
         return TunedBlock({}, {}, start, start, made, kept_start=False, final_loss=None, in_fp8=False)
     working.module.requires_grad_(False)
     with clock.phase("scale search"):
@@ -113,14 +112,12 @@ def tune_block(
     with clock.phase("set-up"):
         layers, steps = _set_up(working, schemes, starts, inputs, outputs, real, recipe, shape, loss)
     start, made = judge()
-    if not isfinite(start.loss):
-        working.advance(inputs[judges].clone())  # names the layer
-        raise NonFiniteError(f"the loss of the rounded block is {start.loss}")
+    _check_start(start, working, inputs[judges])
 
     final_loss, values, in_fp8 = None, dict[str, Tensor](), False
     if recipe.iters:
         with clock.phase("precision"):
-            in_fp8 = _in_fp8(working, schemes, steps, inputs.shape[1], recipe, loss)
+            in_fp8 = _in_fp8(working, schemes, steps, inputs[: len(inputs) - heldout], recipe, loss)
         order = sample_order(len(inputs) - heldout, shape, generator)
         with clock.phase("steps"), working.fp8_matmuls(schemes if in_fp8 else ()):
             rates = torch.stack([_rates(recipe, scheme.weights) for scheme in schemes.values()], dim=1)
@@ -164,20 +161,20 @@ def quantize_layer(
 
 
 def _in_fp8(
-    working: WorkingBlock, schemes: Mapping[str, QuantScheme], steps: Steps, tokens: int, recipe: Recipe, loss: Loss
+    working: WorkingBlock, schemes: Mapping[str, QuantScheme], steps: Steps, inputs: Tensor, recipe: Recipe, loss: Loss
 ) -> bool:
-    """What "auto" means for this block: FP8 is precise enough, and faster, which it is in code that is compiled, and
-    for more blocks than the last.
+    """Whether the backward passes of the steps on ``inputs`` [S, T, H] are in FP8.
 
-    Args:
-        tokens: of a sample.
+    "auto" takes it where it is faster and precise enough. Faster it is in compiled code, if many blocks share that: the
+    last block's own loss would have a version of its own compiled, which takes longer than its steps.
     """
     if recipe.tuning_precision != "auto":
         return recipe.tuning_precision == "fp8"
-    possible = has_fp8(working.device) and fits_fp8(recipe.batch_size * tokens)
+    batch = recipe.batch_size
+    possible = has_fp8(working.device) and fits_fp8(batch * inputs.shape[1]) and 2 * batch <= len(inputs)
     in_bf16 = next(working.module.parameters()).dtype == torch.bfloat16
     faster = working.compiled and loss is mean_squared_error
-    return possible and in_bf16 and faster and fp8_suffices(working, schemes, steps, recipe.batch_size)
+    return possible and in_bf16 and faster and fp8_suffices(working, schemes, steps, batch)
 
 
 def _last_loss(steps: Steps, working: WorkingBlock, inputs: Tensor) -> float:
@@ -214,6 +211,13 @@ def _judge(
     tokens = torch.ones(len(made)) if real is None else real.sum(1)
     mean = (torch.stack(losses).double() * tokens.to(working.device)).sum() / tokens.sum()
     return Verdict(relative_distance(made, outputs, real), mean.item()), made
+
+
+def _check_start(start: Verdict, working: WorkingBlock, inputs: Tensor) -> None:
+    """A block that is not finite before tuning will not be after it, and its outputs must go nowhere."""
+    if not isfinite(start.loss):
+        working.advance(inputs.clone())  # names the layer
+        raise NonFiniteError(f"the loss before tuning is {start.loss}")
 
 
 @torch.no_grad()
@@ -269,7 +273,7 @@ def _set_up(
 def _rates(recipe: Recipe, kind: WeightType) -> Tensor:
     """[steps, 2] float32: learning rates of offsets, in units, and of clips."""
     rates = torch.tensor([recipe.learning_rate(step) for step in range(recipe.iters)], dtype=torch.float64)
-    if isinstance(kind, Integer) and kind.bits >= _FINE_BITS:
+    if isinstance(kind, Integer) and kind.bits >= FINE_BITS:
         rates *= recipe.fine_lr
     # Whole units of which the sum is right after every step, so that small rates at the end do not round to nothing.
     sums = (rates.cumsum(0) / OFFSET_UNIT).round()

@@ -20,7 +20,9 @@ def test_variants() -> None:
     assert recipe_of("fast:iters=400", iters=4, nsamples=8, seqlen=64).iters == 400
 
 
-@pytest.mark.parametrize("wrong", ["slow", "fast:steps=4", "fast:iters=many", "fast:seqlen=3"])
+@pytest.mark.parametrize(
+    "wrong", ["slow", "fast:steps=4", "fast:iters=many", "fast:seqlen=3", 'fast:iters="4"', "fast:momentum=2"]
+)
 def test_variants_that_there_are_not(wrong: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
         variant(wrong)

@@ -247,6 +247,10 @@ def test_a_value_that_overflows_stops_the_run_by_name_and_leaves_nothing(tmp_pat
             ["--end-to-end-iters", "10"],
             "end-to-end-iters has no effect: no layer has integer weights of 3 bits or fewer",
         ),
+        (
+            ["--scheme", "W3A16", "--fine-lr", ".5"],
+            "fine-lr has no effect: no layer has integer weights of 4 bits or more",
+        ),
         (["--tuning-precision", "fp8", "--device", "cpu"], "cpu has no FP8 matrix products"),
         (["--tuning-precision", "fp8", "--seqlen", "1001"], "to be a multiple of 16, got 2 x 1001; change --seqlen"),
         (["--iters", "-1", "--nsamples", "0"], "nsamples must be a whole number of at least 1, got 0"),
@@ -327,6 +331,14 @@ def test_missing_tensors_are_not_made_up(tmp_path: Path, demo_texts: list[str]) 
     source = copied_model(tmp_path / "source", **{"model.layers.1.mlp.down_proj.weight": None})
     with pytest.raises(CalibrationError, match=r"1 missing tensors, the first is model.layers.1.mlp.down_proj.weight"):
         calibrate(source, tmp_path / "out", dataset=demo_texts, **QUICK)
+
+
+@pytest.mark.parametrize("ignore", [(), (r"re:model\.layers\.0\.",)])
+def test_one_sample_tunes_and_judges(ignore: tuple[str, ...], tmp_path: Path, demo_texts: list[str]) -> None:
+    settings = {**QUICK, "nsamples": 1, "batch_size": 1}
+    report = calibrate(DEMO_MODEL, tmp_path / "out", dataset=demo_texts, ignore=ignore, **settings)
+    assert report["heldout_samples"] == 0
+    assert all(block["start_db"] < -10 for block in report["blocks"] if block["layers"])
 
 
 def test_a_whole_block_may_be_ignored(tmp_path: Path, demo_texts: list[str]) -> None:

@@ -69,7 +69,8 @@ def test_gradients_in_fp8_are_those_of_rounded_factors(bias: bool) -> None:
 
     def gradients() -> list[torch.Tensor]:
         out = module(x)
-        return [out, *torch.autograd.grad(out, [x, module[0].weight, module[2].weight], seed)]
+        biases = [module[0].bias] if bias else []
+        return [out, *torch.autograd.grad(out, [x, module[0].weight, module[2].weight, *biases], seed)]
 
     exact = gradients()
     most = {name: 2 * module.get_submodule(name).weight.detach().abs().amax() for name in ("0", "2")}
@@ -82,12 +83,12 @@ def test_gradients_in_fp8_are_those_of_rounded_factors(bias: bool) -> None:
         assert 0.01 < error < 0.08, error
 
 
-def test_shapes_that_the_tensor_cores_do_not_take_stay_as_they_are() -> None:
-    module = make_working(nn.Sequential(nn.Linear(24, 16, bias=False))).bfloat16()
-    x = torch.randn(16, 24, dtype=torch.bfloat16)
+@pytest.mark.parametrize(("rows", "columns"), [(16, 24), (15, 32)])
+def test_shapes_that_the_tensor_cores_do_not_take_stay_as_they_are(rows: int, columns: int) -> None:
+    module = make_working(nn.Sequential(nn.Linear(columns, 16, bias=False))).bfloat16()
+    x = torch.randn(rows, columns, dtype=torch.bfloat16, requires_grad=True)
+    weight, seed = module[0].weight, torch.randn(rows, 16, dtype=torch.bfloat16)
+    exact = torch.autograd.grad(module(x), [x, weight], seed)
     with fp8_matmuls(module, {"0": torch.ones(())}):
-        assert torch.equal(module(x), x @ module[0].weight.T)
-    wide = make_working(nn.Sequential(nn.Linear(32, 16, bias=False))).bfloat16()
-    rows = torch.randn(15, 32, dtype=torch.bfloat16)
-    with fp8_matmuls(wide, {"0": torch.ones(())}):
-        assert torch.equal(wide(rows), rows @ wide[0].weight.T)
+        for mine, theirs in zip(torch.autograd.grad(module(x), [x, weight], seed), exact, strict=True):
+            assert torch.equal(mine, theirs)

@@ -70,6 +70,13 @@ def test_what_was_made_for_the_verdict_is_not_made_again_but_for_whole_parts(
     assert (hidden[6:] == 7).all()
 
 
+def test_what_was_made_of_all_samples_is_not_made_again(tmp_path: Path) -> None:
+    plan, hidden, working = _first_block(tmp_path, "W4A16G16")
+    marks = torch.full_like(hidden, 7.0)
+    _advance_quantized(working, hidden, plan.blocks[0].name, plan, marks)
+    assert (hidden == 7).all()
+
+
 def _first_block(folder: Path, scheme: str) -> tuple[Plan, Tensor, WorkingBlock]:
     """A plan for 8 samples of 16 tokens, what enters the first block, and the block at work."""
     texts = torch.randint(2, 60, (8, 16), generator=torch.Generator().manual_seed(0)).tolist()

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from math import nan
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,17 @@ from calibrate.clock import Clock
 from calibrate.config import Recipe
 from calibrate.layer_state import LayerState
 from calibrate.rounding import OFFSET_UNIT
-from calibrate.tuning import TunedBlock, Verdict, _rates, sample_order, tune_block
-from calibrate.workbench import Workbench
+from calibrate.tuning import (
+    TunedBlock,
+    Verdict,
+    _in_fp8,
+    _judge,
+    _rates,
+    mean_squared_error,
+    sample_order,
+    tune_block,
+)
+from calibrate.workbench import Workbench, WorkingBlock
 from tests.calibrate.conftest import COMMON, make_model
 from vllm_autoround.format.scheme import QuantScheme
 
@@ -165,7 +175,7 @@ def test_accumulated_batches_of_padded_samples_count_tokens() -> None:
 
 def test_a_result_that_is_not_finite_on_the_held_out_samples_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     verdicts = iter([Verdict(0.1, 0.1), Verdict(nan, nan), Verdict(0.1, 0.1)])
-    monkeypatch.setattr("calibrate.tuning._judge", lambda *_: (next(verdicts), torch.empty(0, 24, 64)))
+    monkeypatch.setattr("calibrate.tuning._judge", lambda *args: (next(verdicts), _judge(*args)[1]))
     tuned, _, _ = tune(3, heldout=2)
     assert tuned.kept_start
     assert tuned.tuned.loss == 0.1
@@ -174,14 +184,69 @@ def test_a_result_that_is_not_finite_on_the_held_out_samples_is_not_kept(monkeyp
 def test_rounding_is_judged_once_and_cannot_be_worse_than_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     judged = []
 
-    def judge(*_: object) -> tuple[Verdict, Tensor]:
+    def judge(*args: Any) -> tuple[Verdict, Tensor]:
         judged.append(1)
-        return Verdict(1.0, float(len(judged))), torch.empty(0, 24, 64)
+        return Verdict(1.0, float(len(judged))), _judge(*args)[1]
 
     monkeypatch.setattr("calibrate.tuning._judge", judge)
     rounded, _, _ = tune(0, heldout=2)
     assert not rounded.kept_start
     assert len(judged) == 1
+
+
+@pytest.mark.parametrize("scheme", [None, "W3A16G32"])
+def test_a_held_out_sample_that_is_not_finite_names_the_layer(scheme: str | None) -> None:
+    model = make_model(tf.LlamaConfig(**COMMON)).bfloat16()
+    blocks = find_blocks(model)
+    captured = capture_inputs(model, blocks, SAMPLES, torch.float32)
+    working = Workbench(torch.device("cpu"), torch.float32).load(blocks[0], captured.arguments[0])
+    inputs, targets = captured.hidden.clone(), captured.hidden.clone()
+    inputs[-1, 3] = torch.inf
+    schemes = {"mlp.down_proj": QuantScheme.parse(scheme)} if scheme else {}
+    with pytest.raises(NonFiniteError, match="input_layernorm gives a value"):
+        tune_block(
+            working,
+            schemes,
+            inputs,
+            targets,
+            recipe=replace(PLAIN, iters=1),
+            statistics={},
+            heldout=2,
+            accumulate=1,
+            generator=torch.Generator(),
+            on_step=lambda: None,
+            clock=Clock(torch.device("cpu")),
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "asked"),
+    [
+        ({}, True),
+        ({"compiled": False}, False),
+        ({"dtype": torch.float32}, False),
+        ({"samples": 3}, False),  # the question takes two minibatches
+        ({"tokens": 7}, False),
+        ({"loss": lambda output, target, real: output.mean()}, False),  # that of one block
+        ({"has_fp8": False}, False),
+    ],
+)
+def test_whom_auto_asks_about_fp8(changes: dict[str, Any], asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = {"compiled": True, "dtype": torch.bfloat16, "samples": 4, "tokens": 8, "loss": mean_squared_error}
+    case |= {"has_fp8": True, **changes}
+    model = make_model(tf.LlamaConfig(**COMMON)).bfloat16()
+    blocks = find_blocks(model)
+    _, arguments = capture_inputs(model, blocks, SAMPLES[:, :8], case["dtype"])
+    working = WorkingBlock(blocks[0], arguments[0], torch.device("cpu"), case["dtype"], compile=case["compiled"])
+    monkeypatch.setattr("calibrate.tuning.has_fp8", lambda device: case["has_fp8"])
+    monkeypatch.setattr("calibrate.tuning.fp8_suffices", lambda *_: True)
+    inputs = torch.zeros(case["samples"], case["tokens"], 64)
+    steps: Any = None
+    recipe = replace(PLAIN, batch_size=2, tuning_precision="auto")
+    assert _in_fp8(working, {}, steps, inputs, recipe, case["loss"]) is asked
+    for said in ("bf16", "fp8"):
+        told = replace(recipe, tuning_precision=said)
+        assert _in_fp8(working, {}, steps, inputs, told, case["loss"]) is (said == "fp8")
 
 
 def test_every_sample_comes_once_before_any_comes_again() -> None:
