@@ -126,7 +126,7 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--iters", type=int, metavar="N", help="steps a block; 0: none")
     how.add_argument("--batch-size", type=int, metavar="N", help="samples a step")
     how.add_argument("--lr", type=float, help="first learning rate, falling to 0 linearly")
-    how.add_argument("--fine-lr", type=float, metavar="F", help="of lr, for integers of 4 bits and more")
+    how.add_argument("--fine-lr", type=float, metavar="F", help="share of lr for integers of 4 bits and more")
     how.add_argument("--scale-lr", type=float, metavar="F", help="rate of the scales, relative to their weights'")
     how.add_argument(
         "--momentum", type=float, metavar="F", help="share of the gradients' running mean that a step keeps"
