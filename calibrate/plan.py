@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from calibrate.blocks import Block, find_blocks
 from calibrate.checkpoint import format_problems
-from calibrate.config import FINE_BITS, CalibrationConfig, CalibrationError, Recipe
+from calibrate.config import CalibrationConfig, CalibrationError, Recipe
 from calibrate.data import load_padded_samples, load_samples
 from calibrate.fp8_matmul import fits_fp8, has_fp8
 from calibrate.layer_schemes import assign_schemes, stock_problems
@@ -83,7 +83,7 @@ def make_plan(source: Source, out: Path, config: CalibrationConfig) -> Plan:
     out = out.resolve()
     blocks = find_blocks(source.model)
     manifest, problems = _make_manifest(source, blocks, config)
-    problems += _damage(source) + _setting_problems(source, config) + _rate_problems(config, manifest.schemes)
+    problems += _damage(source) + _setting_problems(source, config)
     problems += _output_problems(source, out, copies=len(config.formats))
     device, samples, real = torch.device("cpu"), torch.empty(0), None
     try:
@@ -242,13 +242,6 @@ def _precision_problems(tuning: Recipe, device: torch.device, model_dtype: torch
     if model_dtype == torch.float32:
         return ["a float32 model is tuned in float32; use --tuning-precision bf16"]
     return []
-
-
-def _rate_problems(config: CalibrationConfig, schemes: Mapping[str, QuantScheme]) -> list[str]:
-    kinds = [scheme.weights for scheme in schemes.values()]
-    if config.fine_lr is None or any(isinstance(kind, Integer) and kind.bits >= FINE_BITS for kind in kinds):
-        return []
-    return [f"fine-lr has no effect: no layer has integer weights of {FINE_BITS} bits or more; drop it or use lr"]
 
 
 def _end_to_end_problems(

@@ -247,10 +247,6 @@ def test_a_value_that_overflows_stops_the_run_by_name_and_leaves_nothing(tmp_pat
             ["--end-to-end-iters", "10"],
             "end-to-end-iters has no effect: no layer has integer weights of 3 bits or fewer",
         ),
-        (
-            ["--scheme", "W3A16", "--fine-lr", ".5"],
-            "fine-lr has no effect: no layer has integer weights of 4 bits or more",
-        ),
         (["--tuning-precision", "fp8", "--device", "cpu"], "cpu has no FP8 matrix products"),
         (["--tuning-precision", "fp8", "--seqlen", "1001"], "to be a multiple of 16, got 2 x 1001; change --seqlen"),
         (["--iters", "-1", "--nsamples", "0"], "nsamples must be a whole number of at least 1, got 0"),
