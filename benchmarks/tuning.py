@@ -339,7 +339,7 @@ def _parse() -> argparse.Namespace:
     what.add_argument("--blocks", type=int, default=4, metavar="N", help="at least 3 (default: %(default)s)")
     how = parser.add_argument_group("how")
     how.add_argument("--iters", type=int, metavar="N", help="steps (default: the recipe's)")
-    how.add_argument("--nsamples", type=int, default=128, metavar="N", help="at least 8 (default: %(default)s)")
+    how.add_argument("--nsamples", type=int, default=128, metavar="N", help="at least 9 (default: %(default)s)")
     how.add_argument("--seqlen", type=int, default=2048, metavar="N", help="tokens a sample (default: %(default)s)")
     how.add_argument("--device", default="auto", help="default: %(default)s")
     parser.add_argument("--name", default="tuning", help="of the result file (default: %(default)s)")
