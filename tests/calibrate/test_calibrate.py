@@ -1,4 +1,4 @@
-"""The whole run: files, determinism, refusals before work, and nothing half-written."""
+"""The whole run: files, determinism, and nothing half-written."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from calibrate import CalibrationError, calibrate
 from calibrate.chain import NonFiniteError
@@ -20,21 +20,10 @@ from calibrate.checkpoint import CheckpointWriter
 from calibrate.cli import main
 from calibrate.inspection import inspect_checkpoint
 from calibrate.source import load_source
-from tests.calibrate.conftest import COMMON, make_model
+from tests.calibrate.conftest import COMMON, QUICK, copied_model, save_tiny
 from tests.conftest import DEMO_MODEL, DEMO_SETTINGS, REPOSITORY
 from vllm_autoround.format.manifest import Manifest
 from vllm_autoround.format.reader import dequantized_state_dict, read_manifest, read_tensors, tensor_files
-
-QUICK: dict[str, Any] = {"iters": 2, "batch_size": 2, "seqlen": 64, "nsamples": 4}
-
-
-def save_tiny(folder: Path, config: tf.PreTrainedConfig, *, untie: bool = True) -> Path:
-    """A tiny random model with the demo model's tokenizer."""
-    config.vocab_size, config.tie_word_embeddings = 1024, not untie
-    make_model(config).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((DEMO_MODEL / name).read_bytes())
-    return folder
 
 
 def test_files_and_report(demo_checkpoint: Path) -> None:
@@ -161,128 +150,12 @@ def test_ignored_layers_stay_as_they_were(tmp_path: Path, demo_texts: list[str])
         assert torch.equal(state[f"{layer}.weight"], original[f"{layer}.weight"])
 
 
-def copied_model(folder: Path, **changes: torch.Tensor | float | None) -> Path:
-    """The demo model with some tensors filled with a number, or left out (None)."""
-    folder.mkdir()
-    for path in DEMO_MODEL.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    tensors = load_file(folder / "model.safetensors")
-    for name, value in changes.items():
-        if value is None:
-            del tensors[name]
-        else:
-            tensors[name].flatten()[5 : None if value == 1e38 else 6] = value
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def broken_model(folder: Path) -> Path:
-    """The demo model with one NaN in a layer and one outside the blocks."""
-    nan = float("nan")
-    return copied_model(folder, **{"model.layers.2.mlp.up_proj.weight": nan, "model.norm.weight": nan})
-
-
-def test_every_problem_is_reported_at_once_before_any_work(tmp_path: Path, demo_texts: list[str]) -> None:
-    source, out = broken_model(tmp_path / "broken"), tmp_path / "out"
-    with pytest.raises(CalibrationError) as caught:
-        calibrate(
-            source,
-            out,
-            group_size=256,
-            dataset=demo_texts[:1],
-            ignore=["model.layers.0.self_attn.q_proj", "model.layers.9.mlp"],
-            stock_vllm=True,
-            seqlen=4096,
-            batch_size=8,
-            nsamples=2,
-            device="cuda:99",
-        )
-    message = str(caught.value)
-    for part in (
-        "model.layers.2.mlp.up_proj.weight has values that are not finite",
-        "model.norm.weight has values that are not finite",
-        "model.layers.0.self_attn: stock vLLM fuses q_proj, k_proj, v_proj into one layer and needs one scheme for it",
-        "'model.layers.9.mlp' matches no layer; names look like model.layers.0.self_attn.q_proj",
-        "seqlen 4096 is more than the model's 2048 positions; use --seqlen 2048",
-        "batch-size 8 is more than the 1 of 2 samples that are tuned on",
-        "device 'cuda:99' cannot be used",
-        "the data set gives",
-    ):
-        assert part in message
-    assert not out.exists()
-    assert not list(tmp_path.glob("*.partial"))
-
-
-def test_a_group_size_that_does_not_divide_names_the_fitting_ones(tmp_path: Path, demo_texts: list[str]) -> None:
-    source = save_tiny(tmp_path / "source", tf.LlamaConfig(**COMMON))
-    with pytest.raises(
-        CalibrationError, match=r"q_proj: in_features 64 is not a multiple .* use a group size of 16, 32, 64"
-    ):
-        calibrate(source, tmp_path / "out", dataset=demo_texts, **QUICK)
-
-
-def test_experts_are_refused_by_name(tmp_path: Path, demo_texts: list[str]) -> None:
-    source = save_tiny(tmp_path / "source", tf.MixtralConfig(**COMMON, num_local_experts=2))
-    with pytest.raises(CalibrationError, match=r"model.layers.0.mlp.experts.* is a matrix that no linear layer owns"):
-        calibrate(source, tmp_path / "out", group_size=32, dataset=demo_texts, **QUICK)
-
-
 def test_a_value_that_overflows_stops_the_run_by_name_and_leaves_nothing(tmp_path: Path, demo_texts: list[str]) -> None:
     source = copied_model(tmp_path / "overflowing", **{"model.layers.2.mlp.up_proj.weight": 1e38})
     with pytest.raises(NonFiniteError, match=r"model.layers.2: mlp.up_proj gives a value that is not finite"):
         calibrate(source, tmp_path / "out", dataset=demo_texts, **QUICK)
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob("*.partial"))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--scheme", "W9A16"], "weight bits must be 2 to 8, got 9"),
-        (["--group-size", "48"], "group size must be one of"),
-        (["--lr", "2"], "lr must be above 0 and at most 1, got 2.0"),
-        (["--end-to-end-lr", "0"], "end-to-end-lr must be above 0 and at most 1, got 0.0"),
-        (["--end-to-end-iters", "-1"], "end-to-end-iters must be a whole number of at least 0, got -1"),
-        (
-            ["--end-to-end-iters", "10"],
-            "end-to-end-iters has no effect: no layer has integer weights of 3 bits or fewer",
-        ),
-        (["--tuning-precision", "fp8", "--device", "cpu"], "cpu has no FP8 matrix products"),
-        (["--tuning-precision", "fp8", "--seqlen", "1001"], "to be a multiple of 16, got 2 x 1001; change --seqlen"),
-        (["--iters", "-1", "--nsamples", "0"], "nsamples must be a whole number of at least 1, got 0"),
-        (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),
-        (["--dataset", "gone.jsonl"], "dataset gone.jsonl does not exist"),
-    ],
-)
-def test_bad_input_exits_2_with_one_message(
-    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    assert main(["calibrate", str(DEMO_MODEL), str(out), *arguments]) == 2
-    captured = capsys.readouterr()
-    assert message in captured.err
-    assert "Traceback" not in captured.err
-    assert not out.exists()
-
-
-def test_a_folder_in_use_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "kept.txt").write_text("mine")
-    assert main(["calibrate", str(DEMO_MODEL), str(tmp_path)]) == 2
-    assert "exists and is not an empty folder; choose another or remove it" in capsys.readouterr().err
-    assert (tmp_path / "kept.txt").read_text() == "mine"
-
-
-def test_a_quantized_model_is_refused(demo_checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match=r"is quantized already \(compressed-tensors\)"):
-        calibrate(demo_checkpoint, tmp_path / "out")
-
-
-def test_unknown_models_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(CalibrationError, match="is neither a folder nor to be had from the Hub"):
-        calibrate("nobody/no-such-model", tmp_path / "out")
-    with pytest.raises(CalibrationError, match=r"is a folder without config.json"):
-        calibrate(tmp_path, tmp_path / "out")
 
 
 def test_a_killed_run_leaves_no_checkpoint_and_the_next_one_succeeds(tmp_path: Path, demo_texts: list[str]) -> None:
@@ -323,12 +196,6 @@ def test_help_states_the_defaults_schemes_and_recipes() -> None:
         assert f"default: {default})" in " ".join(run.stdout.split())
 
 
-def test_missing_tensors_are_not_made_up(tmp_path: Path, demo_texts: list[str]) -> None:
-    source = copied_model(tmp_path / "source", **{"model.layers.1.mlp.down_proj.weight": None})
-    with pytest.raises(CalibrationError, match=r"1 missing tensors, the first is model.layers.1.mlp.down_proj.weight"):
-        calibrate(source, tmp_path / "out", dataset=demo_texts, **QUICK)
-
-
 @pytest.mark.parametrize("ignore", [(), (r"re:model\.layers\.0\.",)])
 def test_one_sample_tunes_and_judges(ignore: tuple[str, ...], tmp_path: Path, demo_texts: list[str]) -> None:
     settings = {**QUICK, "nsamples": 1, "batch_size": 1}
@@ -337,11 +204,11 @@ def test_one_sample_tunes_and_judges(ignore: tuple[str, ...], tmp_path: Path, de
     assert all(block["start_db"] < -10 for block in report["blocks"] if block["layers"])
 
 
-def test_a_whole_block_may_be_ignored(tmp_path: Path, demo_texts: list[str]) -> None:
+def test_a_whole_block_may_be_ignored(tmp_path: Path, demo_texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("calibrate.plan.has_amx", lambda: False)  # sums in bfloat16 depend on the size of a batch
     out = tmp_path / "out"
     report = calibrate(DEMO_MODEL, out, dataset=demo_texts, ignore={r"re:model\.layers\.0\."}, **QUICK)
-    error = report["blocks"][0]["start_db"]
-    assert error is None or error < -100  # none at all, but for sums in another order
+    assert report["blocks"][0]["start_db"] is None  # no error at all
     assert report["blocks"][0]["layers"] == {}
     assert len(read_manifest(out).schemes) == 21
     json.loads((out / "report.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
@@ -409,23 +276,3 @@ def test_a_finished_checkpoint_is_kept_when_its_name_was_taken(tmp_path: Path) -
             writer.publish({})
     assert (out / "theirs.txt").is_file()
     assert (tmp_path / "out.partial" / "report.json").is_file()
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("config.json", "{", "cannot be loaded: "),
-        ("config.json", '{"model_type": "no-such-model"}', "cannot be loaded: "),
-        ("model.safetensors", "not a header", "cannot be loaded: "),
-        ("model.safetensors", None, "has no safetensors files; convert its weights first"),
-    ],
-)
-def test_damaged_models_are_refused(
-    name: str, content: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = copied_model(tmp_path / "source")
-    (source / name).unlink()
-    if content is not None:
-        (source / name).write_text(content)
-    assert main(["calibrate", str(source), str(tmp_path / "out")]) == 2
-    assert message in capsys.readouterr().err
