@@ -133,9 +133,12 @@ def _step(
     if STEP:
         offset_rate = tl.load(rate)
         clip_rate = tl.load(rate + 1)
+        # What is loaded is loaded before the first division: ptxas moves no load ahead of its branches.
+        if MOMENTUM is not None:
+            low_m = tl.load(low_mean + group, mask=exists, other=0.0)
+            high_m = tl.load(high_mean + group, mask=exists, other=0.0)
         low = low_b * low_c
         high = high_b * high_c
-        scale, zero = scale_and_zero(low, high, g_scale, dtype, TYPE, HIGHEST, ZERO, TOP_POWER_INVERSE)
         slopes = tl.zeros([GROUPS, BLOCK], tl.float32)
         zero_slopes = tl.zeros([GROUPS, BLOCK], tl.float32)
         for start in tl.static_range(0, GROUP, BLOCK):
@@ -144,6 +147,9 @@ def _step(
             w = tl.load(weight + at, mask=here, other=0.0).to(tl.float32)
             v = tl.load(offset + at, mask=here, other=0).to(tl.float32)
             g = tl.load(grad + at, mask=here, other=0.0).to(tl.float32)
+            if MOMENTUM is not None:
+                m = tl.load(mean + at, mask=here, other=0.0).to(tl.float32)
+            scale, zero = scale_and_zero(low, high, g_scale, dtype, TYPE, HIGHEST, ZERO, TOP_POWER_INVERSE)
             position = times_reciprocal(w, scale)
             value, inside = quantize(position, v, zero, TYPE, HIGHEST, LEAST_POWER, MANTISSA_UNIT, UNIT)
             slopes += g * (value - tl.where(inside, position, 0.0))
@@ -152,7 +158,7 @@ def _step(
                 zero_slopes += tl.where(inside, 0.0, -pull)
             pull = tl.where(inside, pull, 0.0)
             if MOMENTUM is not None:
-                pull = tl.load(mean + at, mask=here, other=0.0).to(tl.float32) * MOMENTUM + pull * FRESH
+                pull = m * MOMENTUM + pull * FRESH
                 tl.store(mean + at, pull.to(tl.bfloat16), mask=here)
             v = clamp(v - offset_rate * sign(pull), -MOST_OFFSET, MOST_OFFSET)
             tl.store(offset + at, v.to(tl.int16), mask=here)
@@ -171,8 +177,8 @@ def _step(
         whole = (tl.abs(d_low) < float("inf")) & (tl.abs(d_high) < float("inf"))
         tl.store(finite + tl.zeros_like(group), whole, mask=exists & (whole == 0))
         if MOMENTUM is not None:
-            d_low = tl.load(low_mean + group, mask=exists, other=0.0) * MOMENTUM + d_low * FRESH
-            d_high = tl.load(high_mean + group, mask=exists, other=0.0) * MOMENTUM + d_high * FRESH
+            d_low = low_m * MOMENTUM + d_low * FRESH
+            d_high = high_m * MOMENTUM + d_high * FRESH
             tl.store(low_mean + group, d_low, mask=exists)
             tl.store(high_mean + group, d_high, mask=exists)
         low_c = clamp(low_c - clip_rate * sign(d_low), 0.0, MOST_CLIP)
