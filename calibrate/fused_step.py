@@ -9,6 +9,7 @@ Three things make the bits the same: divisions are IEEE's (`tl.div_rn`), product
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -45,7 +46,15 @@ def fused_sign_step(
 
 def fused_fake_quantize(target: Target, rounding: Rounding, out: Tensor) -> None:
     """`calibrate.rounding.fake_quantize` on a GPU, into ``out`` [N, K]."""
-    _launch(target, rounding, None, None, None, out, None, momentum=0.0, most_clip=0.0)
+    _launch(target, rounding, None, None, None, out, None)
+
+
+def fused_grid_values(target: Target, rounding: Rounding) -> Tensor:
+    """`calibrate.rounding.grid_values` on a GPU, in the dtype of W, which has all values of a grid."""
+    out = torch.empty_like(target.weight)
+    clips = rounding.low_clip.contiguous(), rounding.high_clip.contiguous()
+    _launch(target, Rounding(rounding.offset, *clips), None, None, None, out, None, values=True)
+    return out
 
 
 def _launch(
@@ -57,11 +66,13 @@ def _launch(
     out: Tensor,
     finite: Tensor | None,
     *,
-    momentum: float,
-    most_clip: float,
+    momentum: float = 0.0,
+    most_clip: float = 1.0,
+    values: bool = False,
 ) -> None:
     where = layout(target)
-    tensors: list[Tensor | None] = [target.weight, grad, rounding.offset, None if means is None else means.offset, out]
+    offset = None if rounding.is_nearest else rounding.offset
+    tensors: list[Tensor | None] = [target.weight, grad, offset, None if means is None else means.offset, out]
     tensors += [target.bounds.low, target.bounds.high, rounding.low_clip, rounding.high_clip]
     tensors += [None, None] if means is None else [means.low_clip, means.high_clip]
     tensors += [target.global_scale, rate, finite]
@@ -73,6 +84,7 @@ def _launch(
         **type_constants(target.type),
         **where.constants,
         STEP=grad is not None,
+        VALUES=values,
         MOMENTUM=None if means is None else momentum,
         FRESH=1 - momentum,
         MOST_CLIP=most_clip,
@@ -87,7 +99,7 @@ def _launch(
 def _step(
     weight,  # [N, K] bfloat16, float16 or float32; as all [N, K], rows of `groups` groups
     grad,  # [N, K]
-    offset,  # [N, K] int16
+    offset,  # [N, K] int16; None: 0
     mean,  # [N, K] bfloat16
     out,  # [N, K]
     low_bound,  # [groups] float32, as the next five
@@ -111,6 +123,7 @@ def _step(
     LEVELS: tl.constexpr,  # log2 of BLOCK
     GROUPS: tl.constexpr,  # groups a program
     STEP: tl.constexpr,  # False: W^ only
+    VALUES: tl.constexpr,  # q in place of W^
     MOMENTUM: tl.constexpr,
     FRESH: tl.constexpr,
     MOST_CLIP: tl.constexpr,
@@ -194,8 +207,10 @@ def _step(
         here = exists[:, None] & (start + column < GROUP)[None, :]
         if not STEP or GROUP > BLOCK:
             w = tl.load(weight + at, mask=here, other=0.0).to(tl.float32)
-            v = tl.load(offset + at, mask=here, other=0).to(tl.float32)
+            v = tl.zeros_like(w)
+            if offset is not None:
+                v = tl.load(offset + at, mask=here, other=0).to(tl.float32)
         position = times_reciprocal(w, scale) if STEP else divide(w, scale)
         value, inside = quantize(position, v, zero, TYPE, HIGHEST, LEAST_POWER, MANTISSA_UNIT, UNIT)
-        fake = (scale[:, None] * value).to(dtype)
-        tl.store(out + at, fake.to(out.dtype.element_ty), mask=here)
+        made = value + zero[:, None] if VALUES else (scale[:, None] * value).to(dtype)
+        tl.store(out + at, made.to(out.dtype.element_ty), mask=here)

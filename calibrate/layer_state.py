@@ -9,12 +9,13 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 
 from calibrate.adamw import AdamWStep
 from calibrate.chain import NonFiniteError
 from calibrate.compilation import compiled
 from calibrate.config import Recipe
-from calibrate.rounding import Gradients, Rounding, Target, fake_quantize, freeze, sign_step
+from calibrate.rounding import Gradients, Rounding, Target, fake_quantize, freeze, grid_values, sign_step
 from vllm_autoround.format.weights import QuantizedWeight
 
 
@@ -88,22 +89,23 @@ class LayerState:
         """
         if not self.finite:
             raise NonFiniteError(f"{name}: a gradient is not finite")
+        if values is None:
+            values = self._quantizer.values(self.target, self.rounding)
         weight = freeze(self.target, self.rounding, values)
-        dequantized = weight.dequantize()
-        if not dequantized.isfinite().all():
+        self.module.weight.copy_(weight.dequantize().to(self.target.weight.dtype))
+        if not self.module.weight.isfinite().all():
             raise NonFiniteError(f"{name}: a scale is not finite in {weight.scale.dtype}")
-        self.module.weight.copy_(dequantized.to(self.target.weight.dtype))
         return weight
 
     @torch.no_grad()
     def report(self, weight: QuantizedWeight) -> LayerReport:
         """What tuning did, given what `finish` returned."""
-        original = self.target.weight.float()
-        start, kind = freeze(self.target, self._start), weight.type
+        kind, original = weight.type, self.target.weight
         scale = kind.acting_scale(weight.scale, weight.global_scale)
-        moved = kind.decode(weight.codes) != kind.decode(start.codes)
-        error = (weight.dequantize() - original).square().sum() / original.square().sum()
-        figures = torch.stack([error, moved.float().mean(), scale.min(), scale.max()]).tolist()
+        moved = kind.decode(weight.codes) != self._quantizer.values(self.target, self._start)
+        error, norm = (vector_norm(x, dtype=torch.float32) for x in (weight.dequantize() - original, original))
+        share = moved.count_nonzero() / moved.numel()
+        figures = torch.stack([(error / norm).square(), share, scale.min(), scale.max()]).tolist()
         return LayerReport(**dict(zip(LayerReport.__annotations__, figures, strict=True)))
 
 
@@ -113,6 +115,7 @@ class _Quantizer(NamedTuple):
     step: Callable[[Target, Rounding, Gradients | None, Tensor, Tensor, Tensor, Tensor], None]
     install: Callable[[Target, Rounding, Tensor], None]
     recordable: bool
+    values: Callable[[Target, Rounding], Tensor] = grid_values  # of the type's grid
     restart: Callable[[], None] = lambda: None
 
 
@@ -120,8 +123,8 @@ def _quantizer(target: Target, rounding: Rounding, recipe: Recipe, most_clip: fl
     """On a GPU one kernel each, or else compiled; on the CPU, and AdamW, as they are written."""
     if recipe.optimizer == "adamw":
         adamw = AdamWStep(rounding)
-        return _Quantizer(partial(adamw, most_clip=most_clip), _install, False, adamw.restart)
-    step, install, recordable = sign_step, _install, False
+        return _Quantizer(partial(adamw, most_clip=most_clip), _install, False, restart=adamw.restart)
+    step, install, recordable, values = sign_step, _install, False, grid_values
     if target.weight.device.type == "cuda":
         # Triton, which a CPU may be without.
         from calibrate import fused_step, kernel_parts  # noqa: PLC0415
@@ -131,9 +134,10 @@ def _quantizer(target: Target, rounding: Rounding, recipe: Recipe, most_clip: fl
         recordable = kernel_parts.supports(target)
         if recordable:
             step, install = fused_step.fused_sign_step, fused_step.fused_fake_quantize
+            values = fused_step.fused_grid_values
         else:
             step, install = compiled(sign_step), compiled(_install)
-    return _Quantizer(partial(step, momentum=recipe.momentum, most_clip=most_clip), install, recordable)
+    return _Quantizer(partial(step, momentum=recipe.momentum, most_clip=most_clip), install, recordable, values)
 
 
 def _install(target: Target, rounding: Rounding, out: Tensor) -> None:

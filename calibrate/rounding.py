@@ -55,6 +55,11 @@ class Rounding:
     low_clip: Tensor  # beta [R, C]
     high_clip: Tensor  # alpha [R, C]
 
+    @property
+    def is_nearest(self) -> bool:
+        """The offset is that of `nearest`."""
+        return not any(self.offset.stride())
+
     @classmethod
     def nearest(cls, target: Target, low_clip: Tensor | float = 1.0, high_clip: Tensor | float = 1.0) -> Rounding:
         """Round to nearest over the bounds times the clips; the offset is a view of one 0, to be cloned for tuning."""
@@ -226,19 +231,23 @@ def grid_of(target: Target, rounding: Rounding) -> Grid:
     return Grid(*(target.tile.merge(t.expand_as(state.value), shape) for t in (state.scale, state.zero)))
 
 
+def grid_values(target: Target, rounding: Rounding) -> Tensor:
+    """q [N, K] float32, of the type's grid."""
+    return target.tile.merge(_quantize(target, rounding).value, target.weight.shape)
+
+
 def freeze(target: Target, rounding: Rounding, values: Tensor | None = None) -> QuantizedWeight:
     """The layer as it goes to disk; dequantizing it gives `fake_quantize` bit for bit.
 
     Args:
-        values: q [N, K], if others are wanted than those that ``rounding`` gives; its scales are kept.
+        values: q [N, K] of any dtype, if that is known already, or another is wanted than `grid_values`.
     """
-    state = _quantize(target, rounding)
-    zero = None if target.type.symmetric else state.zero[:, 0, :, 0]
+    scale, zero = _scale_and_zero_point(target, rounding)
     if values is None:
-        values = target.tile.merge(state.value, target.weight.shape)
+        values = grid_values(target, rounding)
     # Of its own memory: that of the target may be given to another layer.
     global_scale = None if target.global_scale is None else target.global_scale.clone()
-    return store(values, state.scale[:, 0, :, 0], zero, target.type, target.weight.dtype, global_scale)
+    return store(values, scale, zero, target.type, target.weight.dtype, global_scale)
 
 
 class _State(NamedTuple):
@@ -253,13 +262,17 @@ class _State(NamedTuple):
 
 def _quantize(target: Target, rounding: Rounding, divide: Callable[[Tensor, Tensor], Tensor] = torch.div) -> _State:
     kind, tile = target.type, target.tile
-    low, high = target.bounds.low * rounding.low_clip, target.bounds.high * rounding.high_clip
-    scale, zero = kind.scale_and_zero_point(low, high, target.weight.dtype, target.global_scale)
+    scale, zero = _scale_and_zero_point(target, rounding)
     s = scale[:, None, :, None]
     z = torch.full_like(s, kind.zero) if zero is None else zero[:, None, :, None]
     position = divide(tile.split(target.weight.float()), s)
     moved = position + tile.split(rounding.offset).float() * OFFSET_UNIT * kind.spacing(position)
     return _State(s, z, kind.round(moved, z), kind.within(moved, z), position)
+
+
+def _scale_and_zero_point(target: Target, rounding: Rounding) -> tuple[Tensor, Tensor | None]:
+    low, high = target.bounds.low * rounding.low_clip, target.bounds.high * rounding.high_clip
+    return target.type.scale_and_zero_point(low, high, target.weight.dtype, target.global_scale)
 
 
 def _weight(target: Target, state: _State) -> Tensor:

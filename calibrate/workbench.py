@@ -84,10 +84,12 @@ class WorkingBlock:
 
     @torch.no_grad()
     def load(self, block: Block, arguments: dict[str, Any], fetched: Mapping[str, Tensor] | None = None) -> None:
-        """Take over the values of a block of the same make; ``fetched`` are its tensors in pinned memory."""
+        """Take over the values of a block of the same make; ``fetched`` are its tensors on the device."""
         theirs = fetched or dict(_tensors(block.module))
         for name, tensor in _tensors(self.module):
-            tensor.data.copy_(theirs[name], non_blocking=fetched is not None)
+            tensor.data.copy_(theirs[name])
+            if fetched is not None:
+                theirs[name].record_stream(torch.cuda.current_stream())  # whose memory is another stream's
         for mine, new in zip(pytree.tree_leaves(self.arguments), pytree.tree_leaves(arguments), strict=True):
             if isinstance(mine, Tensor):
                 mine.copy_(new)
@@ -178,13 +180,16 @@ class Workbench:
         self._fetched = None
 
     def fetch(self, block: Block) -> None:
-        """Copy the block that is loaded next into pinned memory, from where it gets to the device in no time.
+        """Copy the block that is loaded next to the device, where it takes its own size until it is loaded.
 
         May run in another thread; a block that is not there when it is loaded is taken from where it is.
         """
         if self._device.type == "cuda":
-            with suppress(RuntimeError):  # some systems have little memory that can be pinned
-                self._fetched = block, {name: tensor.detach().pin_memory() for name, tensor in _tensors(block.module)}
+            with suppress(RuntimeError):  # memory that can be pinned, or the device's, may be short
+                there = {name: tensor.detach().pin_memory() for name, tensor in _tensors(block.module)}
+                here = {name: tensor.to(self._device, non_blocking=True) for name, tensor in there.items()}
+                torch.cuda.current_stream(self._device).synchronize()
+                self._fetched = block, here
 
     def load(self, block: Block, arguments: dict[str, Any]) -> WorkingBlock:
         """``block`` ready to run on the device, with what its forward takes beside the hidden states."""

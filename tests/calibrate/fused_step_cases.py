@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calibrate.rounding import MOST_OFFSET, Gradients, Rounding, Target, fake_quantize, sign_step, targets
+from calibrate.rounding import MOST_OFFSET, Gradients, Rounding, Target, fake_quantize, grid_values, sign_step, targets
 from calibrate.scale_search import Candidates, best_clips
 from vllm_autoround.format.weights import Float8, Integer, Mx, NvFp4, WeightType
 
@@ -102,7 +102,7 @@ def check(
     reference_device: str = "cpu",
 ) -> None:
     """``steps`` steps of kernel and reference from the same state; after each, all of it must be equal."""
-    from calibrate.fused_step import fused_fake_quantize, fused_sign_step
+    from calibrate.fused_step import fused_fake_quantize, fused_grid_values, fused_sign_step
 
     made = make_state(kind, shape, dtype, out, momentum=momentum)
     mine, reference = made.to(device), made.to(reference_device)
@@ -138,6 +138,11 @@ def check(
     mine.out.fill_(float("nan"))
     fused_fake_quantize(mine.target, mine.rounding, mine.out)
     assert torch.equal(mine.out.to(reference_device), fake_quantize(reference.target, reference.rounding).to(out))
+    nearest = [(side.target, Rounding.nearest(side.target, 0.9)) for side in (mine, reference)]
+    for here, there in (((side.target, side.rounding) for side in (mine, reference)), nearest):
+        values = fused_grid_values(*here).to(reference_device)
+        assert values.dtype is dtype
+        assert torch.equal(values.float(), grid_values(*there))
 
 
 def check_search(
