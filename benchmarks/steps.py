@@ -125,7 +125,7 @@ def _time_step(scheme: str, shape: BlockShape, batch: int, how: _How) -> dict[st
     with (
         mock.patch.object(steps, "GRAPHED", how.graphed),
         working.quantized_inputs(inputs),
-        working.fp8_matmuls(block.linears() if how.fp8 else ()),
+        working.fp8_matmuls(dict.fromkeys(block.linears(), quant) if how.fp8 else {}),
     ):
         working.module.requires_grad_(False)
         layers = []

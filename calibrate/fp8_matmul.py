@@ -1,25 +1,46 @@
-"""A linear layer whose two backward matrix products are of FP8 factors, for tuning.
+"""Linear layers that multiply FP8 factors (e4m3) while they are tuned.
 
-Every factor is rounded to e4m3 (gradients too) under one scale a tensor; products are summed by the tensor cores in
-their fast way, less precise than float32 (`torch._scaled_mm`). Inputs and gradients are scaled by their
-largest magnitude, weights by one that the caller knows them to stay below. A step of sign descent asks for the sign of
-a sum over many tokens, which the rounding of single factors hardly moves.
+In the backward pass every factor is rounded to e4m3 (gradients too) under one scale a tensor; products are summed by
+the tensor cores in their fast way, less precise than float32 (`torch._scaled_mm`). Inputs and gradients are scaled by
+their largest magnitude, weights by one that the caller knows them to stay below. A step of sign descent asks for the
+sign of a sum over many tokens, which the rounding of single factors hardly moves.
 
 The forward product is that of the factors as they are. e4m3 would round W^ about as much as 4 bits do, and, unlike
-noise in a gradient, always to the same side: tuning would learn to make up for what no one will serve.
+noise in a gradient, always to the same side: tuning would learn to make up for what no one will serve. But if weights
+and inputs are MXFP4, e4m3 rounds nothing: two significant bits times a power of two fit, if each row has a scale that
+is a power of two. Only what is below 2^-16 of the largest value of its row may be rounded, by 2^-18 of that value at
+most. So these layers are multiplied in FP8 forward as well, and summed in the precise way.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vllm_autoround.format import activations
+from vllm_autoround.format.activations import ActivationType
+from vllm_autoround.format.grids import power_of_two
+from vllm_autoround.format.scheme import QuantScheme
+from vllm_autoround.format.weights import Mx
+
 _E4M3 = torch.float8_e4m3fn
 _HIGHEST = torch.finfo(_E4M3).max
+_TOP_POWER_INVERSE = 2.0**-8  # of the power of two at or below `_HIGHEST`
+_LEAST = torch.finfo(torch.float32).tiny
 _CAPABILITY = (8, 9)  # of a GPU: Ada; Hopper and Blackwell are above
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Products:
+    """How a layer [N, K] multiplies in FP8."""
+
+    exact: bool  # see `is_exact`
+    row_most: Tensor  # [N, 1] float32; while it is tuned, the magnitudes of the weight stay below
+    most: Tensor  # scalar float32, the same of all rows
 
 
 def has_fp8(device: torch.device) -> bool:
@@ -32,18 +53,33 @@ def fits_fp8(size: int) -> bool:
     return size % 16 == 0
 
 
+def is_exact(scheme: QuantScheme) -> bool:
+    """Whether e4m3 can stand for the weights and inputs of such a layer, so that its forward may be in FP8 too."""
+    return scheme.weights == Mx(bits=4) and scheme.activations == activations.MXFP4
+
+
 def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, most: Tensor) -> Tensor:
     """x [..., K] times the transpose of weight [N, K] -> [..., N]; its gradients are products of FP8 factors.
 
-    N and K are multiples of 16; if the number of rows of x is not, the gradients are those of the factors as they are.
+    N, K and the number of rows of x fit (`fits_fp8`).
 
     Args:
         most: scalar float32, at least the largest magnitude in ``weight``; what is above it saturates.
     """
-    rows = x.flatten(0, -2)
-    if not fits_fp8(len(rows)):
-        return F.linear(x, weight, bias)
-    out = _Fp8Backward.apply(rows, weight, bias, most)  # type: ignore[no-untyped-call]
+    out = _Fp8Backward.apply(x.flatten(0, -2), weight, bias, most)  # type: ignore[no-untyped-call]
+    return out.unflatten(0, x.shape[:-1])  # type: ignore[no-any-return]
+
+
+def exact_fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, row_most: Tensor, kind: ActivationType) -> Tensor:
+    """x [..., K], quantized, times the transpose of an MXFP4 weight [N, K] -> [..., N], and the gradients, all in FP8.
+
+    N, K and the number of rows of x fit (`fits_fp8`). Gradients pass straight through the quantization.
+
+    Args:
+        row_most: [N, 1] float32; no magnitude in a row of ``weight`` reaches the next power of two above.
+        kind: how x is quantized, to MXFP4.
+    """
+    out = _Fp8.apply(x.flatten(0, -2), weight, bias, row_most, kind)  # type: ignore[no-untyped-call]
     return out.unflatten(0, x.shape[:-1])  # type: ignore[no-any-return]
 
 
@@ -58,33 +94,80 @@ class _Fp8Backward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, most = ctx.saved_tensors
-        grad8, grad_scale = _to_fp8(grad, grad.abs().amax())
-        of_x = of_weight = None
-        # The second factor of `_scaled_mm` must lie column by column.
-        if ctx.needs_input_grad[0]:
-            weight8, scale = _to_fp8(weight, most)
-            of_x = torch._scaled_mm(
-                grad8,
-                weight8.t().contiguous().t(),
-                scale_a=grad_scale,
-                scale_b=scale,
-                out_dtype=grad.dtype,
-                use_fast_accum=True,
-            )
-        if ctx.needs_input_grad[1]:
-            x8, scale = _to_fp8(x, x.abs().amax())
-            of_weight = torch._scaled_mm(
-                grad8.t().contiguous(),
-                x8.t().contiguous().t(),
-                scale_a=grad_scale,
-                scale_b=scale,
-                out_dtype=grad.dtype,
-                use_fast_accum=True,
-            )
-        return of_x, of_weight, grad.sum(0) if ctx.needs_input_grad[2] else None, None
+        factors = _to_fp8(x, x.abs().amax()), _to_fp8(weight, most)
+        return *_gradients(ctx.needs_input_grad, grad, *factors), None
+
+
+class _Fp8(torch.autograd.Function):
+    """The same of factors that e4m3 holds exactly; the first is quantized here."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, row_most: Tensor, kind: ActivationType
+    ) -> Tensor:
+        # The largest quantized value has at most the power of two of the largest value.
+        x8, x_scale = _rows_to_fp8(kind.fake_quantize(x, None), x.abs().amax(1, keepdim=True))
+        weight8, scale = _rows_to_fp8(weight, row_most)
+        ctx.save_for_backward(x8, x_scale, weight8, scale)
+        out = torch._scaled_mm(
+            x8, weight8.t(), scale_a=x_scale, scale_b=scale.t(), out_dtype=x.dtype, use_fast_accum=False
+        )
+        return out if bias is None else out + bias
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x8, x_scale, weight8, scale = ctx.saved_tensors
+        factors = _under_one_scale(x8, x_scale), _under_one_scale(weight8, scale)
+        return *_gradients(ctx.needs_input_grad, grad, *factors), None, None
+
+
+def _gradients(
+    needed: tuple[bool, ...], grad: Tensor, x: tuple[Tensor, Tensor], weight: tuple[Tensor, Tensor]
+) -> tuple[Tensor | None, ...]:
+    """Of x, weight and bias, those that are needed, from ``grad`` [M, N] and the factors with their scales."""
+    grad8, grad_scale = _to_fp8(grad, grad.abs().amax())
+    of_x = of_weight = None
+    # The second factor of `_scaled_mm` must lie column by column.
+    if needed[0]:
+        weight8, scale = weight
+        of_x = torch._scaled_mm(
+            grad8,
+            weight8.t().contiguous().t(),
+            scale_a=grad_scale,
+            scale_b=scale,
+            out_dtype=grad.dtype,
+            use_fast_accum=True,
+        )
+    if needed[1]:
+        x8, scale = x
+        of_weight = torch._scaled_mm(
+            grad8.t().contiguous(),
+            x8.t().contiguous().t(),
+            scale_a=grad_scale,
+            scale_b=scale,
+            out_dtype=grad.dtype,
+            use_fast_accum=True,
+        )
+    return of_x, of_weight, grad.sum(0) if needed[2] else None
 
 
 def _to_fp8(x: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
     """The values over a scale as e4m3, row by row in memory, and the scale, float32 scalar; ``most`` becomes 448."""
-    scale = (most.float() / _HIGHEST).clamp(min=torch.finfo(torch.float32).tiny)
+    scale = (most.float() / _HIGHEST).clamp(min=_LEAST)
     return (x.float() / scale).clamp(-_HIGHEST, _HIGHEST).to(_E4M3).contiguous(), scale
+
+
+def _rows_to_fp8(values: Tensor, row_most: Tensor) -> tuple[Tensor, Tensor]:
+    """Values [M, K] of two significant bits over a power of two a row, as e4m3, and these, [M, 1] float32.
+
+    Args:
+        row_most: [M, 1]; no magnitude in a row reaches the next power of two above.
+    """
+    scale = (power_of_two(row_most.float()) * _TOP_POWER_INVERSE).clamp(min=_LEAST)
+    return (values.float() / scale).to(_E4M3), scale
+
+
+def _under_one_scale(rows8: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """`_rows_to_fp8` under the largest of its scales."""
+    largest = scale.amax()
+    return (rows8.float() * (scale / largest)).to(_E4M3), largest

@@ -1,4 +1,4 @@
-"""The linear layers of a block that is worked on: they can quantize their input, and be differentiated in FP8.
+"""The linear layers of a block that is worked on: they can quantize their input, and multiply in FP8.
 
 Both are plain attributes that a forward looks at, and not hooks, so that torch.compile sees them change. Compiled,
 layers with the same input and the same scale, such as q, k and v, quantize it once.
@@ -15,21 +15,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calibrate.activations import QuantizedInput
-from calibrate.fp8_matmul import fits_fp8, fp8_linear
+from calibrate.fp8_matmul import Fp8Products, exact_fp8_linear, fits_fp8, fp8_linear
 
 
 class WorkingLinear(nn.Linear):
     """What `make_working` makes of a layer [N, K]."""
 
     quantized_input: QuantizedInput | None  # gradients pass straight through
-    fp8_most: Tensor | None  # scalar; gradients by FP8 products, with a weight that is below this
+    fp8: Fp8Products | None
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., K] -> [..., N]."""
+        fp8 = self.fp8 if fits_fp8(input.shape[:-1].numel()) else None
+        if fp8 is not None and fp8.exact and self.quantized_input is not None:
+            return exact_fp8_linear(input, self.weight, self.bias, fp8.row_most, self.quantized_input.type)
         if self.quantized_input is not None:
             input = _fake_quantize(input, self.quantized_input)
-        if self.fp8_most is not None:
-            return fp8_linear(input, self.weight, self.bias, self.fp8_most)
+        if fp8 is not None:
+            return fp8_linear(input, self.weight, self.bias, fp8.most)
         return F.linear(input, self.weight, self.bias)
 
 
@@ -40,7 +43,7 @@ def make_working(module: nn.Module) -> nn.Module:
             part.__class__ = WorkingLinear
             layer = cast(WorkingLinear, part)
             # Of the instance from the beginning: compiled code that found them elsewhere would be compiled again.
-            layer.quantized_input = layer.fp8_most = None
+            layer.quantized_input = layer.fp8 = None
     return module
 
 
@@ -62,22 +65,19 @@ def quantized_inputs(module: nn.Module, inputs: Mapping[str, QuantizedInput]) ->
 
 
 @contextmanager
-def fp8_matmuls(module: nn.Module, most: Mapping[str, Tensor]) -> Iterator[None]:
-    """Multiply in FP8 for gradients inside the context, where shapes and classes of layers allow it.
-
-    Args:
-        most: layer name -> a scalar that the magnitudes of its weight stay below.
-    """
-    found = {name: module.get_submodule(name) for name in most}
+def fp8_matmuls(module: nn.Module, products: Mapping[str, Fp8Products]) -> Iterator[None]:
+    """Multiply in FP8 inside the context, in these layers of ``module``, where their shapes and classes allow it."""
+    found = {name: module.get_submodule(name) for name in products}
     layers = {name: layer for name, layer in found.items() if isinstance(layer, WorkingLinear)}
+    before = {name: layer.fp8 for name, layer in layers.items()}
     for name, layer in layers.items():
         if all(map(fits_fp8, layer.weight.shape)):
-            layer.fp8_most = most[name]
+            layer.fp8 = products[name]
     try:
         yield
     finally:
-        for layer in layers.values():
-            layer.fp8_most = None
+        for name, layer in layers.items():
+            layer.fp8 = before[name]
 
 
 def _layer(module: nn.Module, name: str) -> WorkingLinear:

@@ -33,7 +33,7 @@ from calibrate.report import BlockReport, Stopwatch, decibels, environment, peak
 from calibrate.resident import install
 from calibrate.source import load_source
 from calibrate.tail import ModelTail
-from calibrate.tuning import TunedBlock, mean_squared_error, tune_block
+from calibrate.tuning import TunedBlock, forward_in_fp8, mean_squared_error, tune_block
 from calibrate.workbench import Loss, Workbench, WorkingBlock
 from vllm_autoround.format.scheme import QuantScheme
 from vllm_autoround.format.weights import QuantizedWeight
@@ -207,7 +207,8 @@ def _calibrate_block(
             loss=loss,
             clock=clock,
         )
-        with clock.phase("quantized chain"):
+        exact = forward_in_fp8(schemes) if tuned.in_fp8 else {}
+        with clock.phase("quantized chain"), working.fp8_matmuls(exact):
             scales = _advance_quantized(working, quantized, block.name, plan, tuned.heldout)
     scales |= {
         f"{block.name}.{name}.{made.type.static}": made.scale.cpu()

@@ -6,20 +6,21 @@ anyway. FP8 does where it turns fewer signs than the choice of samples, in every
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from calibrate.steps import Steps
 from calibrate.workbench import WorkingBlock
+from vllm_autoround.format.scheme import QuantScheme
 
 
-def fp8_suffices(working: WorkingBlock, names: Collection[str], steps: Steps, batch: int) -> bool:
-    """Compare the gradients that ``steps`` has of the layers ``names``, from the first two minibatches of ``batch``."""
+def fp8_suffices(working: WorkingBlock, schemes: Mapping[str, QuantScheme], steps: Steps, batch: int) -> bool:
+    """Compare gradients of the layers in ``schemes``, as ``steps`` has them, for the first two batches of ``batch``."""
     first, second = torch.arange(2 * batch).split(batch)
     exact, other = steps.gradients(first), steps.gradients(second)
-    with working.fp8_matmuls(names):
+    with working.fp8_matmuls(schemes):
         rounded = steps.gradients(first)
     return all(
         agreement(mine, fp8) >= agreement(mine, another)

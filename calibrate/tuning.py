@@ -20,7 +20,7 @@ from calibrate.activations import InputStatistics
 from calibrate.chain import NonFiniteError, first_non_finite, relative_distance
 from calibrate.clock import Clock
 from calibrate.config import FINE_BITS, Recipe
-from calibrate.fp8_matmul import fits_fp8, has_fp8
+from calibrate.fp8_matmul import fits_fp8, has_fp8, is_exact
 from calibrate.gptq import gptq
 from calibrate.layer_schemes import fused_groups
 from calibrate.layer_state import LayerReport, LayerState
@@ -59,7 +59,7 @@ class TunedBlock:
     heldout: Tensor  # [S', T, H] what the block makes of the held-out samples; of all, if none is held out
     kept_start: bool  # because tuning made the block worse
     final_loss: float | None  # of the last step's samples; None without steps
-    in_fp8: bool  # the matrix products of its steps' backward passes
+    in_fp8: bool  # the matrix products of its steps' backward passes; see also `forward_in_fp8`
 
 
 def tune_block(
@@ -96,9 +96,10 @@ def tune_block(
         NonFiniteError: a loss, gradient or scale that is not finite.
     """
     judges = slice(len(inputs) - heldout if heldout else 0, None)
+    in_fp8 = False
 
     def judge() -> tuple[Verdict, Tensor]:
-        with clock.phase("verdict"):
+        with clock.phase("verdict"), working.fp8_matmuls(forward_in_fp8(schemes) if in_fp8 else {}):
             return _judge(working, inputs[judges], outputs[judges], None if real is None else real[judges], loss)
 
     if not schemes:
@@ -111,15 +112,16 @@ def tune_block(
     shape = (recipe.iters, accumulate, recipe.batch_size)
     with clock.phase("set-up"):
         layers, steps = _set_up(working, schemes, starts, inputs, outputs, real, recipe, shape, loss)
-    start, made = judge()
-    _check_start(start, working, inputs[judges])
-
-    final_loss, values, in_fp8 = None, dict[str, Tensor](), False
     if recipe.iters:
         with clock.phase("precision"):
             in_fp8 = _in_fp8(working, schemes, steps, inputs[: len(inputs) - heldout], recipe, loss)
+    start, made = judge()
+    _check_start(start, working, inputs[judges])
+
+    final_loss, values = None, dict[str, Tensor]()
+    if recipe.iters:
         order = sample_order(len(inputs) - heldout, shape, generator)
-        with clock.phase("steps"), working.fp8_matmuls(schemes if in_fp8 else ()):
+        with clock.phase("steps"), working.fp8_matmuls(schemes if in_fp8 else {}):
             rates = torch.stack([_rates(recipe, scheme.weights) for scheme in schemes.values()], dim=1)
             steps.run(order, rates, on_step, variant="fp8" if in_fp8 else "bf16")
             final_loss = _last_loss(steps, working, inputs)
@@ -141,6 +143,11 @@ def tune_block(
     with clock.phase("report"):
         reports = {name: layer.report(weights[name]) for name, layer in layers.items()}
     return TunedBlock(weights, reports, start, tuned, made, kept_start, final_loss, in_fp8)
+
+
+def forward_in_fp8(schemes: Mapping[str, QuantScheme]) -> dict[str, QuantScheme]:
+    """The layers of a block in FP8 that multiply in it forward too, also after tuning."""
+    return {name: scheme for name, scheme in schemes.items() if is_exact(scheme)}
 
 
 @torch.no_grad()

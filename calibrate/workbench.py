@@ -7,7 +7,7 @@ save, and does the same all the same: one way to go wrong, and tests that need n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from types import FunctionType
@@ -21,8 +21,10 @@ from calibrate.activations import QuantizedInput
 from calibrate.blocks import Block, copy_arguments, run_block, to_device
 from calibrate.chain import advance
 from calibrate.compilation import compiled
+from calibrate.fp8_matmul import Fp8Products, is_exact
 from calibrate.linear import fp8_matmuls, make_working, quantized_inputs
 from calibrate.rounding import MOST_CLIP
+from vllm_autoround.format.scheme import QuantScheme
 
 _Kept = TypeVar("_Kept")
 
@@ -60,7 +62,7 @@ class WorkingBlock:
         self._forward = compiled(run_block) if compile else run_block
         self._kept: tuple[Any, Any] | None = None  # key and value
         self._scales: dict[str, Tensor] = {}  # static ones of the layers' inputs
-        self._most: dict[str, Tensor] = {}  # that a weight's magnitudes can become
+        self._products: dict[tuple[str, bool], Fp8Products] = {}  # by layer, and whether they are exact
         self._load_originals(block)
 
     @property
@@ -113,12 +115,17 @@ class WorkingBlock:
             yield
 
     @contextmanager
-    def fp8_matmuls(self, names: Collection[str]) -> Iterator[None]:
+    def fp8_matmuls(self, schemes: Mapping[str, QuantScheme]) -> Iterator[None]:
         """`calibrate.linear.fp8_matmuls` for these layers, in memory that stays where it is."""
-        for name in names:
-            most = MOST_CLIP * torch.stack(self.originals[name].aminmax()).abs().amax().float()
-            self._most.setdefault(name, most.clone()).copy_(most)
-        with fp8_matmuls(self.module, {name: self._most[name] for name in names}):
+        products = {}
+        for name, scheme in schemes.items():
+            rows = MOST_CLIP * self.originals[name].abs().amax(1, keepdim=True).float()
+            made = Fp8Products(is_exact(scheme), rows, rows.amax())
+            held = self._products.setdefault((name, made.exact), made)
+            held.row_most.copy_(made.row_most)
+            held.most.copy_(made.most)
+            products[name] = held
+        with fp8_matmuls(self.module, products):
             yield
 
     def _held(self, inputs: Mapping[str, QuantizedInput]) -> dict[str, QuantizedInput]:

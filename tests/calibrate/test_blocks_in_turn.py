@@ -79,6 +79,23 @@ def test_every_kind_of_scheme(scheme: str, made: Counted) -> None:
     check(made, llama(**wide), everywhere(scheme))
 
 
+def test_layers_that_are_exact_in_fp8_among_others_that_are_not(made: Counted) -> None:
+    """And one that is in some blocks only: what is kept for a layer by name must not be mixed up."""
+
+    def mixed(index: int, block: Block) -> dict[str, QuantScheme]:
+        odd = {"mlp.up_proj": QuantScheme.parse("W4A16G32")}
+        return everywhere("MXFP4")(index, block) | odd | ({"mlp.down_proj": odd["mlp.up_proj"]} if index == 1 else {})
+
+    plain = replace(RECIPE, iters=3)
+    in_fp8 = replace(plain, tuning_precision="fp8")
+    check(made, llama(), mixed, in_fp8, dtype=torch.bfloat16, steps=3)
+    rounded, exact = (
+        tune_in_turn(llama()(), SAMPLES, mixed, recipe, dtype=torch.bfloat16) for recipe in (in_fp8, plain)
+    )
+    assert rounded.errors == pytest.approx(exact.errors, rel=0.05)
+    assert rounded.errors != exact.errors
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("scheme", ["W4A16G32_ASYM", "NVFP4"])
 def test_models_of_another_dtype_than_they_are_computed_in_and_of_the_same(

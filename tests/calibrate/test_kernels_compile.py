@@ -61,7 +61,8 @@ def test_step_and_search(kind: WeightType, columns: int) -> None:
     candidates = Candidates.of(kind)
     fine = len(candidates.fine[0]) if candidates.fine else 0
     counts = {"COARSE": len(candidates.coarse), "ROUNDS": len(candidates.fine), "FINE": fine}
-    step = {"STEP": True, "VALUES": False, "MOMENTUM": 0.7, "FRESH": 0.3, "MOST_CLIP": 2.0, "UNIT": 2.0**-15, "MOST_OFFSET": 32767}
+    step = {"STEP": True, "VALUES": False, "MOMENTUM": 0.7, "FRESH": 0.3, "MOST_CLIP": 2.0}
+    step |= {"UNIT": 2.0**-15, "MOST_OFFSET": 32767}
     values = step | {"STEP": False, "VALUES": True, "offset": None}
     for kernel, constants in ((_search, counts), (_step, step), (_step, values)):
         ptx = compiled(kernel, target, **constants).asm["ptx"]

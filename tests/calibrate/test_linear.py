@@ -9,15 +9,27 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
 from calibrate.activations import QuantizedInput
+from calibrate.fp8_matmul import Fp8Products, is_exact
 from calibrate.linear import fp8_matmuls, make_working, quantized_inputs
 from vllm_autoround.format import activations
+from vllm_autoround.format.scheme import QuantScheme
+from vllm_autoround.format.weights import Mx, quantize
 
-FP8, NVFP4 = activations.FP8_TENSOR, activations.NVFP4
+FP8, NVFP4, MXFP4 = activations.FP8_TENSOR, activations.NVFP4, activations.MXFP4
 
 
 def block(*, bias: bool = False) -> nn.Module:
     torch.manual_seed(0)
     return make_working(nn.Sequential(nn.Linear(64, 32, bias=bias), nn.SiLU(), nn.Linear(32, 48, bias=bias)))
+
+
+def products(module: nn.Module, *, exact: bool = False) -> dict[str, Fp8Products]:
+    made = {}
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear):
+            rows = layer.weight.detach().abs().amax(1, keepdim=True).float()
+            made[name] = Fp8Products(exact, rows, 2 * rows.amax())
+    return made
 
 
 def test_compiled_code_sees_input_quantization_come_change_and_go() -> None:
@@ -73,8 +85,7 @@ def test_gradients_in_fp8_are_those_of_rounded_factors(bias: bool) -> None:
         return [out, *torch.autograd.grad(out, [x, module[0].weight, module[2].weight, *biases], seed)]
 
     exact = gradients()
-    most = {name: 2 * module.get_submodule(name).weight.detach().abs().amax() for name in ("0", "2")}
-    with fp8_matmuls(module, most):
+    with fp8_matmuls(module, products(module)):
         rounded = gradients()
     assert torch.equal(rounded[0], exact[0])  # only gradients are
     for mine, theirs in zip(rounded[1:], exact[1:], strict=True):
@@ -89,6 +100,67 @@ def test_shapes_that_the_tensor_cores_do_not_take_stay_as_they_are(rows: int, co
     x = torch.randn(rows, columns, dtype=torch.bfloat16, requires_grad=True)
     weight, seed = module[0].weight, torch.randn(rows, 16, dtype=torch.bfloat16)
     exact = torch.autograd.grad(module(x), [x, weight], seed)
-    with fp8_matmuls(module, {"0": torch.ones(())}):
+    with fp8_matmuls(module, products(module)):
         for mine, theirs in zip(torch.autograd.grad(module(x), [x, weight], seed), exact, strict=True):
             assert torch.equal(mine, theirs)
+
+
+def mxfp4_layer(weight: torch.Tensor, *, bias: bool = False) -> nn.Module:
+    layer = nn.Linear(*reversed(weight.shape), bias=bias)
+    with torch.no_grad():
+        layer.weight.copy_(quantize(weight, Mx(bits=4)).dequantize())
+    return make_working(nn.Sequential(layer)).bfloat16()
+
+
+def wide(rows: int, columns: int) -> torch.Tensor:
+    """Groups of 32 that are up to 2^12 apart, rows up to 2^60, one row of zeros, one of zeros but for one value."""
+    x = torch.randn(rows, columns)
+    x *= torch.exp2(torch.randint(-12, 1, (rows, columns // 32)).repeat_interleave(32, 1))
+    x *= torch.exp2(torch.randint(-30, 31, (rows, 1)))
+    x[0] = 0
+    x[1, 1:] = 0
+    return x
+
+
+def test_which_layers_are_exact_in_fp8() -> None:
+    assert [name for name in ("MXFP4", "MXFP4A16", "MXFP8", "NVFP4") if is_exact(QuantScheme.parse(name))] == ["MXFP4"]
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_e4m3_holds_mxfp4_factors_exactly(compile: bool) -> None:
+    torch.manual_seed(0)
+    x, weight, eye = wide(64, 128).bfloat16(), wide(48, 64), torch.eye(64)
+    inputs, outputs = mxfp4_layer(torch.eye(128)), mxfp4_layer(weight)
+    for module, fed, expected in (
+        (inputs, x, MXFP4.fake_quantize(x, None)),
+        (outputs, eye.bfloat16(), outputs[0].weight.detach().T.float()),
+    ):
+        run = torch.compile(module, backend="eager", fullgraph=True) if compile else module
+        with quantized_inputs(module, {"0": QuantizedInput(MXFP4, None)}):
+            run(fed)  # without FP8: the change must be seen
+            with fp8_matmuls(module, products(module, exact=True)):
+                assert torch.equal(run(fed).float(), expected)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_mxfp4_in_fp8_is_the_product_of_the_same_factors(bias: bool) -> None:
+    torch.manual_seed(0)
+    module = mxfp4_layer(torch.randn(48, 256), bias=bias)
+    x = torch.randn(2, 24, 256, dtype=torch.bfloat16, requires_grad=True)
+    seed = torch.randn(2, 24, 48, dtype=torch.bfloat16)
+
+    def run() -> list[torch.Tensor]:
+        out = module(x)
+        return [out, *torch.autograd.grad(out, [x, *module.parameters()], seed)]
+
+    with quantized_inputs(module, {"0": QuantizedInput(MXFP4, None)}):
+        plain = run()
+        with fp8_matmuls(module, products(module, exact=True)):
+            mine = run()
+        assert torch.equal(run()[0], plain[0])
+    # Both sum in float32, in some order, and round to bfloat16, 2^-9 of a value at most.
+    torch.testing.assert_close(mine[0], plain[0], rtol=2**-7, atol=2e-5 * plain[0].abs().max().item())
+    for got, theirs in zip(mine[1:], plain[1:], strict=True):
+        error = (got - theirs).float().norm() / theirs.float().norm()
+        assert error < 0.04, error  # only the gradient that came in was rounded
+    assert not torch.equal(mine[1], plain[1])

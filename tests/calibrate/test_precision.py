@@ -33,14 +33,14 @@ def suffices(samples: torch.Tensor = SAMPLES, outlier: float = 1.0, real: torch.
     working.module.requires_grad_(False)
     with torch.no_grad():
         outputs = working.run(hidden)
-    layers = []
+    layers, scheme = [], QuantScheme.parse("W4A16G32")
     for name in block.linears():
-        [target] = targets([working.originals[name]], QuantScheme.parse("W4A16G32").weights)
+        [target] = targets([working.originals[name]], scheme.weights)
         recipe = Recipe(iters=1, batch_size=1)
         layers.append(LayerState(working.module.get_submodule(name), target, Rounding.nearest(target), recipe, 1.0))
         layers[-1].restart()
     steps = Steps(working, layers, hidden, outputs, real, mean_squared_error, (1, 1, 1))
-    return fp8_suffices(working, list(block.linears()), steps, 1)
+    return fp8_suffices(working, dict.fromkeys(block.linears(), scheme), steps, 1)
 
 
 def test_it_suffices_between_samples_that_differ() -> None:

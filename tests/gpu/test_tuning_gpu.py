@@ -116,7 +116,7 @@ def test_a_compiled_block_tunes_as_well(scheme: str) -> None:
 
 
 @pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("scheme", ["W3A16G32", "NVFP4"])
+@pytest.mark.parametrize("scheme", ["W3A16G32", "NVFP4", "MXFP4"])
 def test_matrix_products_in_fp8_tune_as_well(scheme: str, compile: bool) -> None:
     errors = tune(scheme, attention="sdpa").errors
     recipe = replace(RECIPE, tuning_precision="fp8")
