@@ -8,7 +8,7 @@ from functools import partial
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, inf, nn
 from torch.linalg import vector_norm
 
 from calibrate.adamw import AdamWStep
@@ -93,7 +93,7 @@ class LayerState:
             values = self._quantizer.values(self.target, self.rounding)
         weight = freeze(self.target, self.rounding, values)
         self.module.weight.copy_(weight.dequantize().to(self.target.weight.dtype))
-        if not self.module.weight.isfinite().all():
+        if not vector_norm(self.module.weight, inf).isfinite():
             raise NonFiniteError(f"{name}: a scale is not finite in {weight.scale.dtype}")
         return weight
 

@@ -100,12 +100,20 @@ class Steps:
             layer.module.weight.requires_grad_(False)
 
     @torch.enable_grad()
-    def gradients(self, picked: Tensor) -> list[Tensor]:
-        """Of the layers' weights as they are, from the samples numbered ``picked`` [B]; nothing is compiled for it."""
+    def gradients(self, picked: Tensor, *, compiled: bool) -> list[Tensor]:
+        """Of the layers' weights as they are, from the samples numbered ``picked`` [B].
+
+        Args:
+            compiled: by the code that a step runs, which is compiled for it if the block is; else by PyTorch's own.
+        """
         weights = [layer.module.weight.requires_grad_(True) for layer in self._layers]
         real = None if self._real is None else self._real.index_select(0, picked.to(self._real.device))
         block = self._working
-        error = loss_of_block(run_block, block.module, block.arguments, self._loss, self._feed.samples(picked), real)
+        samples = self._feed.samples(picked)
+        if compiled:
+            error = block.loss_of(self._loss, samples, real)
+        else:
+            error = loss_of_block(run_block, block.module, block.arguments, self._loss, samples, real)
         found = torch.autograd.grad(error, weights)
         for weight in weights:
             weight.requires_grad_(False)

@@ -53,14 +53,17 @@ class ActivationType:
         """
         if self.static is not None and static is None:
             raise ValueError(f"{self.name} needs {self.static}")
+        groups = self.groups(x)
+        scale = static if static is not None and self.group_size is None else self._scale(groups, static)
+        return (self.grid.round(groups / scale) * scale).flatten(-2)[..., : x.shape[-1]]
+
+    def groups(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., groups, features] float32; the last group is filled up with zeros."""
+        size = self.group_size or x.shape[-1]
         values = x.float()
-        if self.group_size is None:
-            scale = self._scale(values, static) if static is None else static
-            return self.grid.round(values / scale) * scale
-        columns = x.shape[-1]
-        groups = F.pad(values, (0, -columns % self.group_size)).unflatten(-1, (-1, self.group_size))
-        scale = self._scale(groups, static)
-        return (self.grid.round(groups / scale) * scale).flatten(-2)[..., :columns]
+        if ragged := x.shape[-1] % size:
+            values = F.pad(values, (0, size - ragged))
+        return values.unflatten(-1, (-1, size))
 
     def _scale(self, groups: Tensor, static: Tensor | None) -> Tensor:
         """groups [..., g] -> the acting scale [..., 1] of each."""

@@ -14,7 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_BLOCK_CODES = 1 << 18  # codes in flight at once: the intermediates stay in the L2 cache
+# Codes in flight at once: the intermediates stay in a CPU's L2 cache; elsewhere what counts is that calls are few.
+_BLOCK_CODES_ON_CPU, _BLOCK_CODES = 1 << 18, 1 << 24
 
 
 def words_per_row(columns: int, bits: int) -> int:
@@ -26,7 +27,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack codes [N, K] uint8, each below 2**bits, into words [N, ceil(K*bits/32)] int32."""
     rows, columns = codes.shape
     words = torch.empty(rows, words_per_row(columns, bits), dtype=torch.int32, device=codes.device)
-    step = max(1, _BLOCK_CODES // max(columns, 1))
+    step = _rows_at_once(codes.device, columns)
     for begin in range(0, rows, step):
         words[begin : begin + step] = _pack_rows(codes[begin : begin + step], bits)[:, : words.shape[1]]
     return words
@@ -40,7 +41,7 @@ def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
             f"a row of {columns} codes of {bits} bits takes {words_per_row(columns, bits)} words, got {words.shape[1]}"
         )
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=words.device)
-    step = max(1, _BLOCK_CODES // max(columns, 1))
+    step = _rows_at_once(words.device, columns)
     for begin in range(0, rows, step):
         codes[begin : begin + step] = _unpack_rows(words[begin : begin + step], bits)[:, :columns]
     return codes
@@ -71,6 +72,11 @@ def pack_nibbles(codes: Tensor) -> Tensor:
 def unpack_nibbles(packed: Tensor) -> Tensor:
     """Bytes [N, K/2] uint8 -> codes [N, K] uint8: the inverse of `pack_nibbles`."""
     return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)
+
+
+def _rows_at_once(device: torch.device, columns: int) -> int:
+    codes = _BLOCK_CODES_ON_CPU if device.type == "cpu" else _BLOCK_CODES
+    return max(1, codes // max(columns, 1))
 
 
 def _fold_steps(bits: int) -> list[tuple[int, int, int]]:
