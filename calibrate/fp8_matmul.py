@@ -105,8 +105,8 @@ class _Fp8(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, row_most: Tensor, kind: ActivationType
     ) -> Tensor:
-        # No quantized value has a larger power of two than the largest value. In the order in which quantizing finds the
-        # largest of each group first: compiled, it is found once.
+        # No quantized value has a larger power of two than the largest value. Found by way of the largest of each group,
+        # as in quantizing: compiled, that is done once.
         row_amax = kind.groups(x).abs().amax(-1, keepdim=True).amax(1)
         x8, x_scale = _rows_to_fp8(kind.fake_quantize(x, None), row_amax)
         weight8, scale = _rows_to_fp8(weight, row_most)
