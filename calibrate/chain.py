@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor, inf, nn
 from torch.linalg import vector_norm
 
 from calibrate.blocks import run_block, token_parts
+
+_AHEAD = 4  # parts that the host may be ahead of the device
 
 
 class NonFiniteError(RuntimeError):
@@ -32,7 +35,8 @@ def advance(
         NonFiniteError: an output that is not finite; names the first layer that made one.
     """
     device = next(block.parameters()).device
-    last: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+    # Late, so that the device has parts to do while the host waits for what it found, or for another thread.
+    launched: deque[tuple[Tensor, Tensor, Tensor, Tensor]] = deque()
 
     def finish(part: Tensor, inputs: Tensor, output: Tensor, finite: Tensor) -> None:
         if not finite:
@@ -42,12 +46,11 @@ def advance(
     for part in token_parts(hidden):
         inputs = part.to(device)
         output = forward(block, inputs, arguments)
-        # One part late, so that the device has the next one to do while the host waits for what it found.
-        if last is not None:
-            finish(*last)
-        last = (part, inputs, output, vector_norm(output, inf).isfinite())  # in one pass
-    if last is not None:
-        finish(*last)
+        launched.append((part, inputs, output, vector_norm(output, inf).isfinite()))
+        if len(launched) > _AHEAD:
+            finish(*launched.popleft())
+    while launched:
+        finish(*launched.popleft())
 
 
 def relative_distance(hidden: Tensor, reference: Tensor, real: Tensor | None = None) -> float:

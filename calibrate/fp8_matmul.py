@@ -83,6 +83,28 @@ def exact_fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, row_most: T
     return out.unflatten(0, x.shape[:-1])  # type: ignore[no-any-return]
 
 
+@torch.library.custom_op("vllm_autoround::rescaled_transpose", mutates_args=())
+def rescaled_transpose(rows8: Tensor, factor: Tensor) -> Tensor:
+    """[M, K] e4m3 times ``factor`` [M, 1] float32, rounded to nearest -> [K, M] e4m3, contiguous.
+
+    An operator of its own, or torch.compile would make x once more in the backward pass to turn it there.
+    """
+    return (rows8.float() * factor).to(rows8.dtype).t().contiguous()
+
+
+@rescaled_transpose.register_fake
+def _(rows8: Tensor, factor: Tensor) -> Tensor:
+    return rows8.new_empty(rows8.shape[::-1])
+
+
+@rescaled_transpose.register_kernel("cuda")
+def _on_gpu(rows8: Tensor, factor: Tensor) -> Tensor:
+    # Triton, which a CPU may be without.
+    from calibrate.fused_transpose import fused_rescaled_transpose  # noqa: PLC0415
+
+    return fused_rescaled_transpose(rows8, factor)
+
+
 class _Fp8Backward(torch.autograd.Function):
     """[M, K], [N, K] and [N] or None -> [M, N]."""
 
@@ -95,7 +117,8 @@ class _Fp8Backward(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, most = ctx.saved_tensors
         factors = _to_fp8(x, x.abs().amax()), _to_fp8(weight, most)
-        return *_gradients(ctx.needs_input_grad, grad, *factors), None
+        turned = [(factor.t().contiguous(), scale) for factor, scale in factors]
+        return *_gradients(ctx.needs_input_grad, grad, *turned), None
 
 
 class _Fp8(torch.autograd.Function):
@@ -105,12 +128,13 @@ class _Fp8(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, row_most: Tensor, kind: ActivationType
     ) -> Tensor:
-        # No quantized value has a larger power of two than the largest value. Found by way of the largest of each group,
-        # as in quantizing: compiled, that is done once.
+        # No quantized value has a larger power of two than the largest value. Found by way of the largest of each
+        # group, as in quantizing, it costs nothing more when compiled.
         row_amax = kind.groups(x).abs().amax(-1, keepdim=True).amax(1)
         x8, x_scale = _rows_to_fp8(kind.fake_quantize(x, None), row_amax)
         weight8, scale = _rows_to_fp8(weight, row_most)
-        ctx.save_for_backward(x8, x_scale, weight8, scale)
+        largest = x_scale.amax()
+        ctx.save_for_backward(rescaled_transpose(x8, x_scale / largest), largest, weight8, scale)
         out = torch._scaled_mm(
             x8, weight8.t(), scale_a=x_scale, scale_b=scale.t(), out_dtype=x.dtype, use_fast_accum=False
         )
@@ -118,33 +142,29 @@ class _Fp8(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x8, x_scale, weight8, scale = ctx.saved_tensors
-        factors = _under_one_scale(x8, x_scale), _under_one_scale(weight8, scale)
-        return *_gradients(ctx.needs_input_grad, grad, *factors), None, None
+        turned_x, x_scale, weight8, scale = ctx.saved_tensors
+        largest = scale.amax()
+        turned_weight = rescaled_transpose(weight8, scale / largest) if ctx.needs_input_grad[0] else weight8
+        return *_gradients(ctx.needs_input_grad, grad, (turned_x, x_scale), (turned_weight, largest)), None, None
 
 
 def _gradients(
     needed: tuple[bool, ...], grad: Tensor, x: tuple[Tensor, Tensor], weight: tuple[Tensor, Tensor]
 ) -> tuple[Tensor | None, ...]:
-    """Of x, weight and bias, those that are needed, from ``grad`` [M, N] and the factors with their scales."""
+    """Of x, weight and bias, those that are needed, from ``grad`` [M, N] and [K, M], [K, N] with their scales."""
     grad8, grad_scale = _to_fp8(grad, grad.abs().amax())
     of_x = of_weight = None
     # The second factor of `_scaled_mm` must lie column by column.
     if needed[0]:
-        weight8, scale = weight
+        turned, scale = weight
         of_x = torch._scaled_mm(
-            grad8,
-            weight8.t().contiguous().t(),
-            scale_a=grad_scale,
-            scale_b=scale,
-            out_dtype=grad.dtype,
-            use_fast_accum=True,
+            grad8, turned.t(), scale_a=grad_scale, scale_b=scale, out_dtype=grad.dtype, use_fast_accum=True
         )
     if needed[1]:
-        x8, scale = x
+        turned, scale = x
         of_weight = torch._scaled_mm(
             grad8.t().contiguous(),
-            x8.t().contiguous().t(),
+            turned.t(),
             scale_a=grad_scale,
             scale_b=scale,
             out_dtype=grad.dtype,
@@ -167,9 +187,3 @@ def _rows_to_fp8(values: Tensor, row_most: Tensor) -> tuple[Tensor, Tensor]:
     """
     scale = (power_of_two(row_most.float()) * _TOP_POWER_INVERSE).clamp(min=_LEAST)
     return (values.float() / scale).to(_E4M3), scale
-
-
-def _under_one_scale(rows8: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """`_rows_to_fp8` under the largest of its scales."""
-    largest = scale.amax()
-    return (rows8.float() * (scale / largest)).to(_E4M3), largest

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import isfinite
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor, inf, nn
+from torch import Tensor, nn
 from torch.linalg import vector_norm
 
 from calibrate.adamw import AdamWStep
@@ -78,8 +79,8 @@ class LayerState:
         self._quantizer.step(self.target, self.rounding, self.means, grad, rate, weight.data, self.finite)
 
     @torch.no_grad()
-    def finish(self, name: str, values: Tensor | None = None) -> QuantizedWeight:
-        """The layer as it goes to disk, and, rounded as it is served, into the module.
+    def finish(self, name: str, values: Tensor | None = None) -> tuple[QuantizedWeight, LayerReport]:
+        """The layer as it goes to disk, and, rounded as it is served, into the module; and what tuning did to it.
 
         Args:
             values: see `freeze`.
@@ -87,26 +88,21 @@ class LayerState:
         Raises:
             NonFiniteError: a gradient or a scale that is not finite.
         """
-        if not self.finite:
-            raise NonFiniteError(f"{name}: a gradient is not finite")
+        target, kind = self.target, self.target.type
         if values is None:
-            values = self._quantizer.values(self.target, self.rounding)
-        weight = freeze(self.target, self.rounding, values)
-        self.module.weight.copy_(weight.dequantize().to(self.target.weight.dtype))
-        if not vector_norm(self.module.weight, inf).isfinite():
-            raise NonFiniteError(f"{name}: a scale is not finite in {weight.scale.dtype}")
-        return weight
-
-    @torch.no_grad()
-    def report(self, weight: QuantizedWeight) -> LayerReport:
-        """What tuning did, given what `finish` returned."""
-        kind, original = weight.type, self.target.weight
+            values = self._quantizer.values(target, self.rounding)
+        weight = freeze(target, self.rounding, values)
+        dequantized = weight.dequantize()
+        self.module.weight.copy_(dequantized.to(target.weight.dtype))
+        moved = (values != self._quantizer.values(target, self._start)).count_nonzero() / values.numel()
+        error, norm = (vector_norm(x, dtype=torch.float32) for x in (dequantized - target.weight, target.weight))
         scale = kind.acting_scale(weight.scale, weight.global_scale)
-        moved = kind.decode(weight.codes) != self._quantizer.values(self.target, self._start)
-        error, norm = (vector_norm(x, dtype=torch.float32) for x in (weight.dequantize() - original, original))
-        share = moved.count_nonzero() / moved.numel()
-        figures = torch.stack([(error / norm).square(), share, scale.min(), scale.max()]).tolist()
-        return LayerReport(**dict(zip(LayerReport.__annotations__, figures, strict=True)))
+        figures = torch.stack([(error / norm).square(), moved, scale.min(), scale.max(), self.finite.float()]).tolist()
+        if not figures.pop():
+            raise NonFiniteError(f"{name}: a gradient is not finite")
+        if not all(map(isfinite, figures[1:])):
+            raise NonFiniteError(f"{name}: a scale is not finite in {weight.scale.dtype}")
+        return weight, LayerReport(**dict(zip(LayerReport.__annotations__, figures, strict=True)))
 
 
 class _Quantizer(NamedTuple):

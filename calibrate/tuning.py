@@ -130,7 +130,7 @@ def tune_block(
             for name, layer in layers.items():
                 values[name] = _gptq(name, layer.target, starts[name][1], statistics[name])
     with clock.phase("freeze"):
-        weights = {name: layer.finish(name, values.get(name)) for name, layer in layers.items()}
+        frozen = {name: layer.finish(name, values.get(name)) for name, layer in layers.items()}
     tuned = start
     if recipe.beyond_nearest:
         tuned, made = judge()
@@ -138,10 +138,10 @@ def tune_block(
     if kept_start:
         for layer in layers.values():
             layer.restart()
-        weights = {name: layer.finish(name) for name, layer in layers.items()}
+        frozen = {name: layer.finish(name) for name, layer in layers.items()}
         tuned, made = judge()
-    with clock.phase("report"):
-        reports = {name: layer.report(weights[name]) for name, layer in layers.items()}
+    weights = {name: weight for name, (weight, _) in frozen.items()}
+    reports = {name: report for name, (_, report) in frozen.items()}
     return TunedBlock(weights, reports, start, tuned, made, kept_start, final_loss, in_fp8)
 
 

@@ -177,6 +177,7 @@ class Workbench:
         self._device, self._dtype, self._compile = device, dtype, compile
         # Oldest use first.
         self._made: dict[Any, WorkingBlock] = {}
+        self._staging: dict[tuple[str, torch.Size, torch.dtype], Tensor] = {}  # pinned; pinning stalls the device
         self._fetched: tuple[Block, dict[str, Tensor]] | None = None
 
     def close(self) -> None:
@@ -184,6 +185,7 @@ class Workbench:
         for working in self._made.values():
             working.release()
         self._made.clear()
+        self._staging.clear()
         self._fetched = None
 
     def fetch(self, block: Block) -> None:
@@ -193,10 +195,16 @@ class Workbench:
         """
         if self._device.type == "cuda":
             with suppress(RuntimeError):  # memory that can be pinned, or the device's, may be short
-                there = {name: tensor.detach().pin_memory() for name, tensor in _tensors(block.module)}
-                here = {name: tensor.to(self._device, non_blocking=True) for name, tensor in there.items()}
+                here = {name: self._fetch(name, tensor.detach()) for name, tensor in _tensors(block.module)}
                 torch.cuda.current_stream(self._device).synchronize()
                 self._fetched = block, here
+
+    def _fetch(self, name: str, tensor: Tensor) -> Tensor:
+        """On its way to the device."""
+        key = (name, tensor.shape, tensor.dtype)
+        if key not in self._staging:
+            self._staging[key] = torch.empty_like(tensor, memory_format=torch.contiguous_format, pin_memory=True)
+        return self._staging[key].copy_(tensor).to(self._device, non_blocking=True)
 
     def load(self, block: Block, arguments: dict[str, Any]) -> WorkingBlock:
         """``block`` ready to run on the device, with what its forward takes beside the hidden states."""

@@ -169,3 +169,17 @@ def check_search(
     for mine, reference in zip(found, expected, strict=True):
         assert torch.equal(mine.cpu(), reference), (mine.cpu() != reference).sum()
     assert len(expected[1].unique()) > 1 or len(candidates.coarse) == 1
+
+
+def check_transpose(device: str, shape: tuple[int, int]) -> None:
+    """The kernel against the reference on every e4m3 value, under factors that make subnormals and zeros of some."""
+    from calibrate.fp8_matmul import rescaled_transpose
+    from calibrate.fused_transpose import fused_rescaled_transpose
+
+    generator = torch.Generator().manual_seed(0)
+    rows8 = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).view(torch.float8_e4m3fn)
+    factor = torch.exp2(-torch.randint(0, 20, (shape[0], 1), generator=generator).float())
+    expected = rescaled_transpose(rows8, factor)
+    assert expected.shape == (shape[1], shape[0])
+    got = fused_rescaled_transpose(rows8.to(device), factor.to(device)).cpu()
+    assert torch.equal(got.float().nan_to_num(nan=-1e3), expected.float().nan_to_num(nan=-1e3))

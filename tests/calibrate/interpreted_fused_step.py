@@ -9,24 +9,32 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from tests.calibrate.fused_step_cases import SOME_TYPES, check, check_search
+from tests.calibrate.fused_step_cases import SOME_TYPES, check, check_search, check_transpose
 from tests.interpreter import patch_once_a_launch
 from vllm_autoround.format.weights import Float8, Integer, NvFp4, WeightType
 
 patch_once_a_launch()
 
 
+NARROW = {  # by Triton's name: torch's, and that of their bits in torch and NumPy
+    tl.bfloat16: (torch.bfloat16, torch.int16, np.int16),
+    tl.float8e4nv: (torch.float8_e4m3fn, torch.uint8, np.uint8),
+}
+
+
 @pytest.fixture(autouse=True)
-def _exact_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter cuts bfloat16 off where the hardware rounds to nearest."""
+def _exact_narrow_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter cuts them off where the hardware rounds to nearest."""
     convert = interpreter._convert_float
 
     def exact(values, source, target, mode):
         raw = np.ascontiguousarray(values)
-        if (source, target) == (tl.float32, tl.bfloat16):
-            return torch.from_numpy(raw.copy()).bfloat16().view(torch.int16).numpy().view(np.uint16)
-        if (source, target) == (tl.bfloat16, tl.float32):
-            return torch.from_numpy(raw.view(np.int16).copy()).view(torch.bfloat16).float().numpy().view(np.uint32)
+        if source == tl.float32 and target in NARROW:
+            dtype, bits, _ = NARROW[target]
+            return torch.from_numpy(raw.copy()).to(dtype).view(bits).numpy().view(f"u{bits.itemsize}")
+        if source in NARROW and target == tl.float32:
+            dtype, _, bits = NARROW[source]
+            return torch.from_numpy(raw.view(bits).copy()).view(dtype).float().numpy().view(np.uint32)
         return convert(values, source, target, mode)
 
     monkeypatch.setattr(interpreter, "_convert_float", exact)
@@ -68,3 +76,8 @@ def test_the_search_in_rows_longer_than_a_chunk(monkeypatch: pytest.MonkeyPatch)
     for module in ("calibrate.rounding", "calibrate.kernel_parts"):
         monkeypatch.setattr(f"{module}.SUM_CHUNK", 256)
     check_search(Integer(bits=3, group_size=None, symmetric=False), "cpu", shape=(5, 600))
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (80, 48), (16, 272)])
+def test_the_transpose(shape: tuple[int, int]) -> None:
+    check_transpose("cpu", shape)

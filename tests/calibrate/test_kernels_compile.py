@@ -79,3 +79,17 @@ def test_what_the_search_carries_from_trial_to_trial() -> None:
     counts = {"COARSE": len(candidates.coarse), "ROUNDS": len(candidates.fine), "FINE": len(candidates.fine[0])}
     [loop] = [line for line in compiled(_search, target, **counts).asm["ttir"].splitlines() if "scf.for" in line]
     assert loop.partition("iter_args")[2].partition(") ->")[0].count("%") == 2 * 5  # a name and its first value each
+
+
+def test_the_transpose() -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from calibrate.fused_transpose import _turn
+
+    tile = {"ROWS": 64, "COLUMNS": 128}
+    types = {"source": "*u8", "factor": "*fp32", "out": "*u8", "rows": "i32", "columns": "i32"}
+    signature = types | dict.fromkeys(tile, "constexpr")
+    positions = {(_turn.arg_names.index(name),): value for name, value in tile.items()}
+    source = ASTSource(fn=_turn, signature=signature, constexprs=positions)
+    assert "e4m3x2" in triton.compile(source, target=GPUTarget(*HOPPER)).asm["ptx"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.calibrate.fused_step_cases import ALL_TYPES, SOME_TYPES, check, check_search
+from tests.calibrate.fused_step_cases import ALL_TYPES, SOME_TYPES, check, check_search, check_transpose
 from vllm_autoround.format.weights import Float8, Integer, NvFp4, WeightType
 
 pytestmark = pytest.mark.gpu
@@ -49,3 +49,8 @@ def test_the_search_in_rows_longer_than_a_chunk(kind: WeightType) -> None:
 @pytest.mark.parametrize("kind", [Integer(bits=4, group_size=128), NvFp4()], ids=str)
 def test_a_layer_of_real_size(kind: WeightType) -> None:
     check(kind, "cuda", shape=(4096, 4096), reference_device="cuda", steps=3)
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (80, 48), (1040, 4112)])
+def test_the_transpose(shape: tuple[int, int]) -> None:
+    check_transpose("cuda", shape)
