@@ -211,7 +211,7 @@ def _calibrate_block(
         with clock.phase("quantized chain"), working.fp8_matmuls(exact):
             scales = _advance_quantized(working, quantized, block.name, plan, tuned.heldout)
     scales |= {
-        f"{block.name}.{name}.{made.type.static}": made.scale.cpu()
+        f"{block.name}.{name}.{made.type.static}": made.scale.to("cpu", copy=True)
         for name, made in inputs.items()
         if made.scale is not None
     }

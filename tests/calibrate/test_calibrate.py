@@ -105,6 +105,24 @@ def test_other_families_are_written_whole(
             assert torch.equal(state[name], tensor)
 
 
+@pytest.mark.parametrize("scheme", ["FP8", "FP8_STATIC", "FP8_BLOCK", "NVFP4", "MXFP4", "MXFP8", "W4A8_FP8"])
+def test_every_scheme_with_quantized_activations_in_a_whole_model(
+    scheme: str, tmp_path: Path, demo_texts: list[str]
+) -> None:
+    wide = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "num_hidden_layers": 2}
+    source = save_tiny(tmp_path / "source", tf.LlamaConfig(**{**COMMON, **wide}))
+    calibrate(source, tmp_path / "out", scheme=scheme, dataset=demo_texts, **{**QUICK, "iters": 2})
+    state = dequantized_state_dict(tmp_path / "out", torch.float32)
+    for name, tensor in tf.AutoModelForCausalLM.from_pretrained(source).state_dict().items():
+        quantized = name.endswith("_proj.weight")
+        assert (
+            0 < (state[name] - tensor).norm() / tensor.norm() < 0.2 if quantized else torch.equal(state[name], tensor)
+        )
+    scales = dict(read_tensors(tmp_path / "out", ("input_scale", "input_global_scale")))
+    for name, scale in scales.items():  # layers that vLLM fuses share theirs
+        assert torch.equal(scale, scales[name.replace("q_proj", "v_proj").replace("gate_proj", "up_proj")])
+
+
 @pytest.mark.parametrize("kl_last_block", [False, True])
 def test_padding_counts_nowhere(tmp_path: Path, kl_last_block: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts of 24 tokens, padded to 40 and not: the same but for the signs of gradients near 0."""
