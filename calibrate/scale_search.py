@@ -17,7 +17,7 @@ from calibrate.rounding import Rounding, Target, group_errors
 from vllm_autoround.format.weights import Bounds, Float8, Integer, Mx, NvFp4, WeightType
 
 
-def search_scales(target: Target, importance: Tensor) -> tuple[Target, Rounding]:
+def search_scales(target: Target, importance: Tensor, *, tuned: bool) -> tuple[Target, Rounding]:
     """The target with the bounds that the clips are relative to, and the best clips.
 
     The bounds of a symmetric type become +-amax, one of which has a clip of 0 and stays out of it: which of the two
@@ -25,13 +25,15 @@ def search_scales(target: Target, importance: Tensor) -> tuple[Target, Rounding]
 
     Args:
         importance: [K] of the input features: the sum of their squares over the calibration data.
+        tuned: the rounding is learned from here on.
     """
     if target.type.one_scale:
         return target, Rounding.nearest(target)
     if target.type.symmetric:
         amax = torch.maximum(-target.bounds.low, target.bounds.high)
         target = Target(target.weight, Bounds(-amax, amax), target.type, target.global_scale)
-    return target, Rounding.nearest(target, *_finder(target)(target, importance, Candidates.of(target.type)))
+    candidates = Candidates.of(target.type, tuned=tuned)
+    return target, Rounding.nearest(target, *_finder(target)(target, importance, candidates))
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +44,9 @@ class Candidates:
     fine: list[list[tuple[float, float]]]  # rounds of steps away from the best so far
 
     @classmethod
-    def of(cls, kind: WeightType) -> Candidates:
+    def of(cls, kind: WeightType, *, tuned: bool) -> Candidates:
         """Those of a weight type; where its scales are coarse, no finer than they are."""
-        return cls(_coarse(kind), _fine(kind))
+        return cls(_coarse(kind, tuned), _fine(kind))
 
 
 def best_clips(target: Target, importance: Tensor, candidates: Candidates) -> tuple[Tensor, Tensor]:
@@ -85,7 +87,7 @@ def _move(clip: Tensor, step: float) -> Tensor:
     return torch.where(clip > 0, clip + step, clip)
 
 
-def _coarse(kind: WeightType) -> list[tuple[float, float]]:
+def _coarse(kind: WeightType, tuned: bool) -> list[tuple[float, float]]:
     """Clips to begin with."""
     match kind:
         case Integer(symmetric=False):
@@ -94,7 +96,7 @@ def _coarse(kind: WeightType) -> list[tuple[float, float]]:
         case Mx():  # powers of two
             ratios = [0.5, 1.0, 2.0]
         case NvFp4():  # three bits of mantissa; wider ranges are better before tuning and worse after it
-            ratios = torch.linspace(0.6, 1.2, 13).tolist()
+            ratios = (torch.linspace(0.6, 1.2, 13) if tuned else torch.linspace(0.5, 1.5, 21)).tolist()
         case Float8():  # the grid is as fine at one scale as at another
             ratios = [1.0]
         case _:

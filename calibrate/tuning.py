@@ -163,7 +163,7 @@ def quantize_layer(
     start = Rounding.nearest(target)
     if scale_search:
         ones = torch.ones(weight.shape[1], device=weight.device)
-        target, start = search_scales(target, ones if importance is None else importance)
+        target, start = search_scales(target, ones if importance is None else importance, tuned=False)
     return freeze(target, start)
 
 
@@ -243,7 +243,7 @@ def _starts(
             for name, target in zip(names, made, strict=True):
                 start = (target, Rounding.nearest(target))
                 if recipe.scale_search:
-                    start = search_scales(target, statistics[name].square_sum)
+                    start = search_scales(target, statistics[name].square_sum, tuned=recipe.beyond_nearest)
                 starts[name] = start
     return {name: starts[name] for name in schemes}
 

@@ -160,7 +160,7 @@ def check_search(
     if kind.symmetric:
         amax = torch.maximum(-target.bounds.low, target.bounds.high)
         target = Target(weight, type(target.bounds)(-amax, amax), kind, target.global_scale)
-    candidates = Candidates.of(kind)
+    candidates = Candidates.of(kind, tuned=True)
     expected = best_clips(target, importance, candidates)
     scale = None if target.global_scale is None else target.global_scale.to(device)
     bounds = type(target.bounds)(*(bound.to(device) for bound in target.bounds))

@@ -58,7 +58,7 @@ def test_step_and_search(kind: WeightType, columns: int) -> None:
     from calibrate.fused_step import _step
 
     [target] = targets([torch.randn(4, columns, dtype=torch.bfloat16)], kind)
-    candidates = Candidates.of(kind)
+    candidates = Candidates.of(kind, tuned=True)
     fine = len(candidates.fine[0]) if candidates.fine else 0
     counts = {"COARSE": len(candidates.coarse), "ROUNDS": len(candidates.fine), "FINE": fine}
     step = {"STEP": True, "VALUES": False, "MOMENTUM": 0.7, "FRESH": 0.3, "MOST_CLIP": 2.0}
@@ -75,7 +75,7 @@ def test_what_the_search_carries_from_trial_to_trial() -> None:
     from calibrate.fused_search import _search
 
     [target] = targets([torch.randn(4, 1024, dtype=torch.bfloat16)], Integer(bits=4, group_size=128))
-    candidates = Candidates.of(target.type)
+    candidates = Candidates.of(target.type, tuned=True)
     counts = {"COARSE": len(candidates.coarse), "ROUNDS": len(candidates.fine), "FINE": len(candidates.fine[0])}
     [loop] = [line for line in compiled(_search, target, **counts).asm["ttir"].splitlines() if "scf.for" in line]
     assert loop.partition("iter_args")[2].partition(") ->")[0].count("%") == 2 * 5  # a name and its first value each

@@ -223,7 +223,7 @@ def test_the_search_finds_nothing_worse_than_the_full_range(kind: WeightType) ->
     importance = torch.rand(256)
     [target] = targets([weight], kind)
     full = group_errors(target, Rounding.nearest(target), importance)
-    searched, start = search_scales(target, importance)
+    searched, start = search_scales(target, importance, tuned=True)
     found = group_errors(searched, start, importance)
     # 1.0 is on the grid of ratios, up to its spacing in float32.
     assert (found <= full * 1.001).all()
@@ -239,7 +239,7 @@ def test_the_search_weighs_input_features_by_their_importance() -> None:
     weight = torch.cat([torch.randn(8, 32), 4 * torch.randn(8, 32)], dim=1)
     [target] = targets([weight], kind)
     small, large = torch.cat([torch.ones(32), torch.zeros(32)]), torch.cat([torch.zeros(32), torch.ones(32)])
-    scale_for = [freeze(*search_scales(target, h)).scale.abs().mean() for h in (small, large)]
+    scale_for = [freeze(*search_scales(target, h, tuned=True)).scale.abs().mean() for h in (small, large)]
     assert scale_for[0] < 0.7 * scale_for[1]
 
 
@@ -248,5 +248,13 @@ def test_the_search_may_turn_the_sign_of_a_scale() -> None:
     weight = torch.randn(64, 256)
     [target] = targets([weight], kind)
     full = freeze(target, Rounding.nearest(target)).scale
-    found = freeze(*search_scales(target, torch.ones(256))).scale
+    found = freeze(*search_scales(target, torch.ones(256), tuned=True)).scale
     assert (full.sign() != found.sign()).any()
+
+
+def test_the_search_goes_wider_where_nothing_is_tuned_after_it() -> None:
+    """The largest weight of a group may then become a 4, around which the grid is finer."""
+    [target], ones = targets([torch.randn(128, 256)], NvFp4()), torch.ones(256)
+    narrow, wide = (group_errors(*search_scales(target, ones, tuned=tuned), ones) for tuned in (True, False))
+    assert (wide <= narrow * 1.001).float().mean() > 0.95
+    assert wide.sum() < 0.99 * narrow.sum()
