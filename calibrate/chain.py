@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, inf, nn
@@ -35,22 +35,45 @@ def advance(
         NonFiniteError: an output that is not finite; names the first layer that made one.
     """
     device = next(block.parameters()).device
-    # Late, so that the device has parts to do while the host waits for what it found, or for another thread.
-    launched: deque[tuple[Tensor, Tensor, Tensor, Tensor]] = deque()
+    launched: deque[_Launched] = deque()
 
-    def finish(part: Tensor, inputs: Tensor, output: Tensor, finite: Tensor) -> None:
-        if not finite:
-            raise NonFiniteError(f"{first_non_finite(block, inputs, arguments)} gives a value that is not finite")
-        part.copy_(output)
+    def finish(made: _Launched) -> None:
+        if made.known is not None:
+            made.known.synchronize()
+        if not made.finite:
+            raise NonFiniteError(f"{first_non_finite(block, made.inputs, arguments)} gives a value that is not finite")
+        made.part.copy_(made.output, non_blocking=True)
 
     for part in token_parts(hidden):
-        inputs = part.to(device)
+        inputs = part.to(device, non_blocking=True)
         output = forward(block, inputs, arguments)
-        launched.append((part, inputs, output, vector_norm(output, inf).isfinite()))
+        launched.append(_Launched(part, inputs, output, *_to_host(vector_norm(output, inf).isfinite())))
         if len(launched) > _AHEAD:
-            finish(*launched.popleft())
+            finish(launched.popleft())
     while launched:
-        finish(*launched.popleft())
+        finish(launched.popleft())
+    if device.type == "cuda" and hidden.device != device:
+        torch.cuda.current_stream(device).synchronize()  # the outputs are on their way to the host
+
+
+class _Launched(NamedTuple):
+    """A part that the device was told to run."""
+
+    part: Tensor
+    inputs: Tensor
+    output: Tensor
+    finite: Tensor  # scalar bool on the host
+    known: torch.cuda.Event | None  # when it has a value
+
+
+def _to_host(flag: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A scalar bool on the host, and what to wait for. Asked for its value, a GPU would first do all it was told."""
+    if flag.device.type != "cuda":
+        return flag, None
+    there = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(flag, non_blocking=True)
+    known = torch.cuda.Event(blocking=True)
+    known.record()
+    return there, known
 
 
 def relative_distance(hidden: Tensor, reference: Tensor, real: Tensor | None = None) -> float:

@@ -8,8 +8,8 @@ sign of a sum over many tokens, which the rounding of single factors hardly move
 The forward product is that of the factors as they are. e4m3 would round W^ about as much as 4 bits do, and, unlike
 noise in a gradient, always to the same side: tuning would learn to make up for what no one will serve. But if weights
 and inputs are MXFP4, e4m3 rounds nothing: two significant bits times a power of two fit, if each row has a scale that
-is a power of two. Only what is below 2^-16 of the largest value of its row may be rounded, by 2^-18 of that value at
-most. So these layers are multiplied in FP8 forward as well, and summed in the precise way.
+is a power of two. Only what is below 2^-16 of the most that its row holds (of a weight: may hold) can be rounded, by
+2^-18 of that. So these layers are multiplied in FP8 forward as well, and summed in the precise way.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def has_fp8(device: torch.device) -> bool:
 
 def fits_fp8(size: int) -> bool:
     """Whether a factor may have so many rows or columns."""
-    return size % 16 == 0
+    return size > 0 and size % 16 == 0
 
 
 def is_exact(scheme: QuantScheme) -> bool:
@@ -116,9 +116,10 @@ class _Fp8Backward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, most = ctx.saved_tensors
-        factors = _to_fp8(x, x.abs().amax()), _to_fp8(weight, most)
-        turned = [(factor.t().contiguous(), scale) for factor, scale in factors]
-        return *_gradients(ctx.needs_input_grad, grad, *turned), None
+        needed = ctx.needs_input_grad
+        turned_x = _turned(*_to_fp8(x, x.abs().amax())) if needed[1] else None
+        turned_weight = _turned(*_to_fp8(weight, most)) if needed[0] else None
+        return *_gradients(grad, turned_x, turned_weight, bias=needed[2]), None
 
 
 class _Fp8(torch.autograd.Function):
@@ -143,24 +144,30 @@ class _Fp8(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         turned_x, x_scale, weight8, scale = ctx.saved_tensors
-        largest = scale.amax()
-        turned_weight = rescaled_transpose(weight8, scale / largest) if ctx.needs_input_grad[0] else weight8
-        return *_gradients(ctx.needs_input_grad, grad, (turned_x, x_scale), (turned_weight, largest)), None, None
+        needed, largest = ctx.needs_input_grad, scale.amax()
+        turned_weight = (rescaled_transpose(weight8, scale / largest), largest) if needed[0] else None
+        found = _gradients(grad, (turned_x, x_scale) if needed[1] else None, turned_weight, bias=needed[2])
+        return *found, None, None
 
 
 def _gradients(
-    needed: tuple[bool, ...], grad: Tensor, x: tuple[Tensor, Tensor], weight: tuple[Tensor, Tensor]
+    grad: Tensor, x: tuple[Tensor, Tensor] | None, weight: tuple[Tensor, Tensor] | None, *, bias: bool
 ) -> tuple[Tensor | None, ...]:
-    """Of x, weight and bias, those that are needed, from ``grad`` [M, N] and [K, M], [K, N] with their scales."""
+    """Of x [M, K], weight [N, K] and bias [N] from ``grad`` [M, N]; None where it is not needed.
+
+    Args:
+        x: turned, [K, M] e4m3, and its scale; None: the weight needs no gradient.
+        weight: turned, [K, N] e4m3, and its scale; None: x needs no gradient.
+    """
     grad8, grad_scale = _to_fp8(grad, grad.abs().amax())
     of_x = of_weight = None
     # The second factor of `_scaled_mm` must lie column by column.
-    if needed[0]:
+    if weight is not None:
         turned, scale = weight
         of_x = torch._scaled_mm(
             grad8, turned.t(), scale_a=grad_scale, scale_b=scale, out_dtype=grad.dtype, use_fast_accum=True
         )
-    if needed[1]:
+    if x is not None:
         turned, scale = x
         of_weight = torch._scaled_mm(
             grad8.t().contiguous(),
@@ -170,7 +177,12 @@ def _gradients(
             out_dtype=grad.dtype,
             use_fast_accum=True,
         )
-    return of_x, of_weight, grad.sum(0) if needed[2] else None
+    return of_x, of_weight, grad.sum(0) if bias else None
+
+
+def _turned(factor8: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """[M, K] -> [K, M], and its scale."""
+    return factor8.t().contiguous(), scale
 
 
 def _to_fp8(x: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,4 +198,4 @@ def _rows_to_fp8(values: Tensor, row_most: Tensor) -> tuple[Tensor, Tensor]:
         row_most: [M, 1]; no magnitude in a row reaches the next power of two above.
     """
     scale = (power_of_two(row_most.float()) * _TOP_POWER_INVERSE).clamp(min=_LEAST)
-    return (values.float() / scale).to(_E4M3), scale
+    return (values.float() / scale).to(_E4M3).contiguous(), scale

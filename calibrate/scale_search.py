@@ -25,7 +25,7 @@ def search_scales(target: Target, importance: Tensor, *, tuned: bool) -> tuple[T
 
     Args:
         importance: [K] of the input features: the sum of their squares over the calibration data.
-        tuned: the rounding is learned from here on.
+        tuned: by steps, from here on.
     """
     if target.type.one_scale:
         return target, Rounding.nearest(target)

@@ -243,7 +243,7 @@ def _starts(
             for name, target in zip(names, made, strict=True):
                 start = (target, Rounding.nearest(target))
                 if recipe.scale_search:
-                    start = search_scales(target, statistics[name].square_sum, tuned=recipe.beyond_nearest)
+                    start = search_scales(target, statistics[name].square_sum, tuned=recipe.iters > 0)
                 starts[name] = start
     return {name: starts[name] for name in schemes}
 

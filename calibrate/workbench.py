@@ -32,6 +32,7 @@ _Kept = TypeVar("_Kept")
 Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 _COMPILED_WEIGHTS = 100_000_000  # in a block; compiling took 15 s on an H200, and saves the more the larger a block is
+_TUNING_BLOCKS = 16  # times its own size that tuning a block takes, and another one; 10 on an H200, of Llama-3-8B's
 _MAKES = 2  # remembered at once: models that alternate between two kinds of attention have as many
 
 
@@ -86,11 +87,11 @@ class WorkingBlock:
 
     @torch.no_grad()
     def load(self, block: Block, arguments: dict[str, Any], fetched: Mapping[str, Tensor] | None = None) -> None:
-        """Take over the values of a block of the same make; ``fetched`` are its tensors on the device."""
+        """Take over the values of a block of the same make; ``fetched`` are its tensors, nearer than the block's."""
         theirs = fetched or dict(_tensors(block.module))
         for name, tensor in _tensors(self.module):
             tensor.data.copy_(theirs[name])
-            if fetched is not None:
+            if theirs[name].is_cuda:
                 theirs[name].record_stream(torch.cuda.current_stream())  # whose memory is another stream's
         for mine, new in zip(pytree.tree_leaves(self.arguments), pytree.tree_leaves(arguments), strict=True):
             if isinstance(mine, Tensor):
@@ -177,7 +178,8 @@ class Workbench:
         self._device, self._dtype, self._compile = device, dtype, compile
         # Oldest use first.
         self._made: dict[Any, WorkingBlock] = {}
-        self._staging: dict[tuple[str, torch.Size, torch.dtype], Tensor] = {}  # pinned; pinning stalls the device
+        self._staging: dict[str, Tensor] = {}  # pinned
+        self._loaded: Block | None = None
         self._fetched: tuple[Block, dict[str, Tensor]] | None = None
 
     def close(self) -> None:
@@ -189,27 +191,40 @@ class Workbench:
         self._fetched = None
 
     def fetch(self, block: Block) -> None:
-        """Copy the block that is loaded next to the device, where it takes its own size until it is loaded.
+        """Copy the block that is loaded next to the device, or, where that has little room, into pinned memory.
 
         May run in another thread; a block that is not there when it is loaded is taken from where it is.
         """
         if self._device.type == "cuda":
-            with suppress(RuntimeError):  # memory that can be pinned, or the device's, may be short
-                here = {name: self._fetch(name, tensor.detach()) for name, tensor in _tensors(block.module)}
-                torch.cuda.current_stream(self._device).synchronize()
-                self._fetched = block, here
+            with suppress(RuntimeError):  # some systems have little memory that can be pinned
+                fetched = self._stage(dict(_tensors(block.module)))
+                if self._has_room(sum(tensor.nbytes for tensor in fetched.values())):
+                    fetched = {name: tensor.to(self._device, non_blocking=True) for name, tensor in fetched.items()}
+                    torch.cuda.current_stream(self._device).synchronize()
+                if block is not self._loaded:  # this took too long
+                    self._fetched = block, fetched
 
-    def _fetch(self, name: str, tensor: Tensor) -> Tensor:
-        """On its way to the device."""
-        key = (name, tensor.shape, tensor.dtype)
-        if key not in self._staging:
-            self._staging[key] = torch.empty_like(tensor, memory_format=torch.contiguous_format, pin_memory=True)
-        return self._staging[key].copy_(tensor).to(self._device, non_blocking=True)
+    def _stage(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies in pinned memory, in that of the last block as far as it fits: to pin more stalls the device."""
+        staged = {}
+        for name, tensor in tensors.items():
+            place = self._staging.get(name)
+            if place is None or place.shape != tensor.shape or place.dtype != tensor.dtype:
+                place = torch.empty_like(tensor, memory_format=torch.contiguous_format, pin_memory=True)
+            staged[name] = place.copy_(tensor.detach())
+        self._staging = staged
+        return staged
+
+    def _has_room(self, size: int) -> bool:
+        """For a block more of so many bytes, beside what tuning one takes."""
+        free, _ = torch.cuda.mem_get_info(self._device)
+        unused = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        return free + unused >= _TUNING_BLOCKS * size
 
     def load(self, block: Block, arguments: dict[str, Any]) -> WorkingBlock:
         """``block`` ready to run on the device, with what its forward takes beside the hidden states."""
         make = (_make_of_module(block.module), _make_of_arguments(arguments))
-        fetched, self._fetched = self._fetched, None
+        fetched, self._fetched, self._loaded = self._fetched, None, block
         if make in self._made:
             working = self._made.pop(make)
             working.load(block, arguments, fetched[1] if fetched is not None and fetched[0] is block else None)

@@ -16,7 +16,7 @@ from calibrate.chain import relative_distance
 from calibrate.clock import Clock
 from calibrate.config import Recipe
 from calibrate.tail import ModelTail
-from calibrate.tuning import TunedBlock, mean_squared_error, tune_block
+from calibrate.tuning import TunedBlock, forward_in_fp8, mean_squared_error, tune_block
 from calibrate.workbench import Workbench
 from vllm_autoround.format.scheme import QuantScheme
 
@@ -83,7 +83,8 @@ def tune_in_turn(
                 clock=Clock(place),
                 loss=ModelTail(model, blocks, place, dtype).divergence if divergence else mean_squared_error,
             )
-            working.advance(quantized)
+            with working.fp8_matmuls(forward_in_fp8(schemes) if tuned.in_fp8 else {}):
+                working.advance(quantized)
         results.append(tuned)
         errors.append(relative_distance(quantized, original))
     return Tuned(results, errors)

@@ -146,7 +146,13 @@ def check(
 
 
 def check_search(
-    kind: WeightType, device: str, *, shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16, seed: int = 0
+    kind: WeightType,
+    device: str,
+    *,
+    shape: tuple[int, int],
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    tuned: bool = True,
 ) -> None:
     """The kernel's clips are those of `best_clips` on the CPU, number for number."""
     from calibrate.fused_search import fused_best_clips
@@ -160,7 +166,7 @@ def check_search(
     if kind.symmetric:
         amax = torch.maximum(-target.bounds.low, target.bounds.high)
         target = Target(weight, type(target.bounds)(-amax, amax), kind, target.global_scale)
-    candidates = Candidates.of(kind, tuned=True)
+    candidates = Candidates.of(kind, tuned=tuned)
     expected = best_clips(target, importance, candidates)
     scale = None if target.global_scale is None else target.global_scale.to(device)
     bounds = type(target.bounds)(*(bound.to(device) for bound in target.bounds))

@@ -72,6 +72,10 @@ def test_the_search(kind: WeightType) -> None:
     check_search(kind, "cpu", shape=(5, 256))
 
 
+def test_the_search_before_no_tuning() -> None:
+    check_search(NvFp4(), "cpu", shape=(5, 256), tuned=False)
+
+
 def test_the_search_in_rows_longer_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("calibrate.rounding", "calibrate.kernel_parts"):
         monkeypatch.setattr(f"{module}.SUM_CHUNK", 256)
