@@ -7,10 +7,12 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -102,8 +104,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file; it appears when it is complete."""
     temporary = path.with_name(f"{path.name}.tmp")
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, temporary, metadata={"format": "pt"})
+    save_file({name: _on_host(tensor) for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
     temporary.chmod(0o644)  # safetensors creates files that only their owner can read
     sync(temporary)
     temporary.rename(path)
@@ -123,6 +124,17 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """A contiguous tensor in host memory; a GPU's is copied into memory that is pinned, where there is such.
+
+    While one thread copies to other memory, no other can tell the device anything.
+    """
+    if tensor.device.type == "cuda":
+        with suppress(RuntimeError):
+            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor.detach())
+    return tensor.detach().cpu().contiguous()
 
 
 def _lock(mark: IO[str], partial: Path) -> None:
