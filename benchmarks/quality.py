@@ -1,4 +1,4 @@
-"""Perplexity and word-problem accuracy of quantized checkpoints, ours beside auto-round's on the same tokens.
+"""Perplexity, divergence and word-problem accuracy of checkpoints, ours beside auto-round's on the same tokens.
 
     python -m benchmarks.quality --model DIR --calib calib.jsonl.gz --heldout english.heldout.txt.gz \\
         --problems-train word_problems.train.jsonl.gz --problems-test word_problems.test.jsonl.gz \\
@@ -26,6 +26,7 @@ from benchmarks.evaluation import (
     Problem,
     accuracy,
     check_levels,
+    divergence,
     forget,
     perplexity,
     read_problems,
@@ -56,6 +57,7 @@ class Row:
     weights: str  # who made them
     seed: int | None = None
     ppl: float
+    kl: float  # nats a token, from the original
     accuracy: float
     seconds: float | None = None  # to quantize
 
@@ -74,7 +76,10 @@ class Contest:
 
     def judge(self, scheme: str, weights: str, seed: int | None, checkpoint: Path | None, seconds: float | None) -> Row:
         """Evaluate a checkpoint, after checking that its weights are what the scheme says; None: the model itself."""
-        with served_model(self.model, checkpoint, self.device) as model:
+        with (
+            served_model(self.model, checkpoint, self.device) as model,
+            served_model(self.model, None, self.device) as original,
+        ):
             if checkpoint is not None:
                 kind = QuantScheme.parse(scheme).weights
                 if isinstance(kind, Integer):
@@ -84,6 +89,7 @@ class Contest:
                 weights=weights,
                 seed=seed,
                 ppl=perplexity(model, self.windows),
+                kl=divergence(model, original, self.windows),
                 accuracy=accuracy(model, self.tokenizer, self.examples, self.problems, batch_size=self.batch_size),
                 seconds=seconds,
             )
@@ -215,14 +221,14 @@ def _misses(rows: list[Row], max_ppl: Mapping[str, float], min_accuracy: Mapping
 
 
 def _table(rows: list[Row]) -> str:
-    head = f"{'scheme':<14}{'weights':<26}{'seed':>6}{'ppl':>9}{'accuracy':>10}{'seconds':>9}"
+    head = f"{'scheme':<14}{'weights':<26}{'seed':>6}{'ppl':>9}{'KL':>9}{'accuracy':>10}{'seconds':>9}"
     return "\n".join([head, *map(_line, rows)])
 
 
 def _line(row: Row) -> str:
     seed = "-" if row.seed is None else row.seed
     seconds = "-" if row.seconds is None else f"{row.seconds:.1f}"
-    return f"{row.scheme:<14}{row.weights:<26}{seed:>6}{row.ppl:>9.3f}{row.accuracy:>10.3f}{seconds:>9}"
+    return f"{row.scheme:<14}{row.weights:<26}{seed:>6}{row.ppl:>9.3f}{row.kl:>9.4f}{row.accuracy:>10.3f}{seconds:>9}"
 
 
 def _limit(text: str) -> tuple[str, float]:
