@@ -79,7 +79,8 @@ def exact_fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, row_most: T
         row_most: [N, 1] float32; no magnitude in a row of ``weight`` reaches the next power of two above.
         kind: how x is quantized, to MXFP4.
     """
-    out = _Fp8.apply(x.flatten(0, -2), weight, bias, row_most, kind)  # type: ignore[no-untyped-call]
+    turn = torch.is_grad_enabled() and x.requires_grad
+    out = _Fp8.apply(x.flatten(0, -2), weight, bias, row_most, kind, turn)  # type: ignore[no-untyped-call]
     return out.unflatten(0, x.shape[:-1])  # type: ignore[no-any-return]
 
 
@@ -98,11 +99,34 @@ def _(rows8: Tensor, factor: Tensor) -> Tensor:
 
 
 @rescaled_transpose.register_kernel("cuda")
-def _on_gpu(rows8: Tensor, factor: Tensor) -> Tensor:
+def _(rows8: Tensor, factor: Tensor) -> Tensor:
     # Triton, which a CPU may be without.
     from calibrate.fused_transpose import fused_rescaled_transpose  # noqa: PLC0415
 
     return fused_rescaled_transpose(rows8, factor)
+
+
+@torch.library.custom_op("vllm_autoround::rescaled_both_ways", mutates_args=())
+def rescaled_both_ways(values: Tensor, factor: Tensor, turned_factor: Tensor) -> tuple[Tensor, Tensor]:
+    """[M, K] times ``factor`` [M, 1] float32 -> [M, K] e4m3, and times ``turned_factor`` [M, 1] -> [K, M] e4m3.
+
+    Both contiguous, rounded to nearest, and made of one look at the values.
+    """
+    rows8 = (values.float() * factor).to(_E4M3).contiguous()
+    return rows8, (values.float() * turned_factor).to(_E4M3).t().contiguous()
+
+
+@rescaled_both_ways.register_fake
+def _(values: Tensor, factor: Tensor, turned_factor: Tensor) -> tuple[Tensor, Tensor]:
+    return values.new_empty(values.shape, dtype=_E4M3), values.new_empty(values.shape[::-1], dtype=_E4M3)
+
+
+@rescaled_both_ways.register_kernel("cuda")
+def _(values: Tensor, factor: Tensor, turned_factor: Tensor) -> tuple[Tensor, Tensor]:
+    # Triton, which a CPU may be without.
+    from calibrate.fused_transpose import fused_rescaled_both_ways  # noqa: PLC0415
+
+    return fused_rescaled_both_ways(values, factor, turned_factor)
 
 
 class _Fp8Backward(torch.autograd.Function):
@@ -123,19 +147,23 @@ class _Fp8Backward(torch.autograd.Function):
 
 
 class _Fp8(torch.autograd.Function):
-    """The same of factors that e4m3 holds exactly; the first is quantized here."""
+    """The same of factors that e4m3 holds exactly; the first is quantized here. ``turn``: it needs a gradient."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, row_most: Tensor, kind: ActivationType
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, row_most: Tensor, kind: ActivationType, turn: bool
     ) -> Tensor:
         # No quantized value has a larger power of two than the largest value. Found by way of the largest of each
         # group, as in quantizing, it costs nothing more when compiled.
         row_amax = kind.groups(x).abs().amax(-1, keepdim=True).amax(1)
-        x8, x_scale = _rows_to_fp8(kind.fake_quantize(x, None), row_amax)
-        weight8, scale = _rows_to_fp8(weight, row_most)
-        largest = x_scale.amax()
-        ctx.save_for_backward(rescaled_transpose(x8, x_scale / largest), largest, weight8, scale)
+        x_scale, scale = _row_scale(row_amax), _row_scale(row_most)
+        x8 = (kind.fake_quantize(x, None).float() / x_scale).to(_E4M3).contiguous()
+        x_largest, largest = x_scale.amax(), scale.amax()
+        if turn:
+            weight8, turned_weight = rescaled_both_ways(weight, 1 / scale, (1 / largest).expand_as(scale).contiguous())
+        else:
+            weight8, turned_weight = (weight.float() / scale).to(_E4M3).contiguous(), None
+        ctx.save_for_backward(rescaled_transpose(x8, x_scale / x_largest), x_largest, turned_weight, largest)
         out = torch._scaled_mm(
             x8, weight8.t(), scale_a=x_scale, scale_b=scale.t(), out_dtype=x.dtype, use_fast_accum=False
         )
@@ -143,11 +171,11 @@ class _Fp8(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        turned_x, x_scale, weight8, scale = ctx.saved_tensors
-        needed, largest = ctx.needs_input_grad, scale.amax()
-        turned_weight = (rescaled_transpose(weight8, scale / largest), largest) if needed[0] else None
-        found = _gradients(grad, (turned_x, x_scale) if needed[1] else None, turned_weight, bias=needed[2])
-        return *found, None, None
+        turned_x, x_largest, turned_weight, largest = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        x = (turned_x, x_largest) if needed[1] else None
+        weight = (turned_weight, largest) if needed[0] else None
+        return *_gradients(grad, x, weight, bias=needed[2]), None, None, None
 
 
 def _gradients(
@@ -191,11 +219,10 @@ def _to_fp8(x: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() / scale).clamp(-_HIGHEST, _HIGHEST).to(_E4M3).contiguous(), scale
 
 
-def _rows_to_fp8(values: Tensor, row_most: Tensor) -> tuple[Tensor, Tensor]:
-    """Values [M, K] of two significant bits over a power of two a row, as e4m3, and these, [M, 1] float32.
+def _row_scale(row_most: Tensor) -> Tensor:
+    """Powers of two [M, 1] float32 under which e4m3 holds rows [M, K] of two significant bits.
 
     Args:
         row_most: [M, 1]; no magnitude in a row reaches the next power of two above.
     """
-    scale = (power_of_two(row_most.float()) * _TOP_POWER_INVERSE).clamp(min=_LEAST)
-    return (values.float() / scale).to(_E4M3).contiguous(), scale
+    return (power_of_two(row_most.float()) * _TOP_POWER_INVERSE).clamp(min=_LEAST)

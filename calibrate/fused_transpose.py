@@ -1,28 +1,42 @@
-"""`calibrate.fp8_matmul.rescaled_transpose` as a Triton kernel."""
+"""`rescaled_transpose` and `rescaled_both_ways` of `calibrate.fp8_matmul` as one Triton kernel."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
-from torch import Tensor, uint8
+from torch import Tensor
 
 _ROWS, _COLUMNS = 64, 128  # of a tile
 
 
 def fused_rescaled_transpose(rows8: Tensor, factor: Tensor) -> Tensor:
     """`calibrate.fp8_matmul.rescaled_transpose` on a GPU, of contiguous tensors."""
-    rows, columns = rows8.shape
-    out = rows8.new_empty(columns, rows)
+    return _launch(rows8.view(torch.uint8), factor, None, None)
+
+
+def fused_rescaled_both_ways(values: Tensor, factor: Tensor, turned_factor: Tensor) -> tuple[Tensor, Tensor]:
+    """`calibrate.fp8_matmul.rescaled_both_ways` on a GPU, of contiguous tensors."""
+    rows8 = torch.empty_like(values, dtype=torch.float8_e4m3fn)
+    return rows8, _launch(values, turned_factor, rows8.view(torch.uint8), factor)
+
+
+def _launch(source: Tensor, turned_factor: Tensor, rows8: Tensor | None, factor: Tensor | None) -> Tensor:
+    rows, columns = source.shape
+    turned = torch.empty(columns, rows, dtype=torch.float8_e4m3fn, device=source.device)
     grid = triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS)
-    _turn[grid](rows8.view(uint8), factor, out.view(uint8), rows, columns, ROWS=_ROWS, COLUMNS=_COLUMNS)
-    return out
+    out = turned.view(torch.uint8)
+    _turn[grid](source, turned_factor, out, rows8, factor, rows, columns, ROWS=_ROWS, COLUMNS=_COLUMNS)
+    return turned
 
 
 @triton.jit
 def _turn(
-    source,  # [M, K] bytes of e4m3
-    factor,  # [M] float32
-    out,  # [K, M] bytes of e4m3
+    source,  # [M, K] bytes of e4m3, or floats
+    turned_factor,  # [M] float32
+    turned,  # [K, M] bytes of e4m3
+    rows8,  # [M, K] bytes of e4m3; None: not wanted
+    factor,  # [M] float32, for these
     rows,
     columns,
     ROWS: tl.constexpr,
@@ -31,7 +45,14 @@ def _turn(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     here = (row < rows)[:, None] & (column < columns)[None, :]
-    bits = tl.load(source + row[:, None].to(tl.int64) * columns + column[None, :], mask=here, other=0)
-    scaled = bits.to(tl.float8e4nv, bitcast=True).to(tl.float32) * tl.load(factor + row, mask=row < rows)[:, None]
-    turned = tl.trans(scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True))
-    tl.store(out + column[:, None].to(tl.int64) * rows + row[None, :], turned, mask=tl.trans(here))
+    at = row[:, None].to(tl.int64) * columns + column[None, :]
+    values = tl.load(source + at, mask=here, other=0)
+    if source.dtype.element_ty == tl.uint8:
+        values = values.to(tl.float8e4nv, bitcast=True)
+    values = values.to(tl.float32)
+    if rows8 is not None:
+        scaled = values * tl.load(factor + row, mask=row < rows)[:, None]
+        tl.store(rows8 + at, scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True), mask=here)
+    scaled = values * tl.load(turned_factor + row, mask=row < rows)[:, None]
+    other_way = tl.trans(scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True))
+    tl.store(turned + column[:, None].to(tl.int64) * rows + row[None, :], other_way, mask=tl.trans(here))

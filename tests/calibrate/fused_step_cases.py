@@ -189,3 +189,19 @@ def check_transpose(device: str, shape: tuple[int, int]) -> None:
     assert expected.shape == (shape[1], shape[0])
     got = fused_rescaled_transpose(rows8.to(device), factor.to(device)).cpu()
     assert torch.equal(got.float().nan_to_num(nan=-1e3), expected.float().nan_to_num(nan=-1e3))
+
+
+def check_both_ways(device: str, shape: tuple[int, int]) -> None:
+    """The kernel against the reference on values of all magnitudes that e4m3 has, and smaller ones."""
+    from calibrate.fp8_matmul import rescaled_both_ways
+    from calibrate.fused_transpose import fused_rescaled_both_ways
+
+    generator = torch.Generator().manual_seed(0)
+    values = (torch.randn(shape, generator=generator) * torch.exp2(torch.arange(shape[1]) % 40 - 20.0)).bfloat16()
+    factor = 384 / values.abs().amax(1, keepdim=True).float()
+    common = torch.full_like(factor, 384 / values.abs().max().item())
+    expected = rescaled_both_ways(values, factor, common)
+    assert [tuple(part.shape) for part in expected] == [shape, shape[::-1]]
+    got = fused_rescaled_both_ways(values.to(device), factor.to(device), common.to(device))
+    for mine, reference in zip(got, expected, strict=True):
+        assert torch.equal(mine.cpu().float(), reference.float())

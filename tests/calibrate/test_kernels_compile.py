@@ -81,15 +81,20 @@ def test_what_the_search_carries_from_trial_to_trial() -> None:
     assert loop.partition("iter_args")[2].partition(") ->")[0].count("%") == 2 * 5  # a name and its first value each
 
 
-def test_the_transpose() -> None:
+@pytest.mark.parametrize("both_ways", [False, True])
+def test_the_transpose(both_ways: bool) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from calibrate.fused_transpose import _turn
 
-    tile = {"ROWS": 64, "COLUMNS": 128}
-    types = {"source": "*u8", "factor": "*fp32", "out": "*u8", "rows": "i32", "columns": "i32"}
-    signature = types | dict.fromkeys(tile, "constexpr")
+    tile: dict[str, int | None] = {"ROWS": 64, "COLUMNS": 128}
+    types = {"source": "*u8", "turned_factor": "*fp32", "turned": "*u8", "rows": "i32", "columns": "i32"}
+    if both_ways:
+        types |= {"source": "*bf16", "rows8": "*u8", "factor": "*fp32"}
+    else:
+        tile |= {"rows8": None, "factor": None}
+    signature = {name: types.get(name, "constexpr") for name in _turn.arg_names}
     positions = {(_turn.arg_names.index(name),): value for name, value in tile.items()}
     source = ASTSource(fn=_turn, signature=signature, constexprs=positions)
     assert "e4m3x2" in triton.compile(source, target=GPUTarget(*HOPPER)).asm["ptx"]

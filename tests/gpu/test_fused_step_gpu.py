@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.calibrate.fused_step_cases import ALL_TYPES, SOME_TYPES, check, check_search, check_transpose
+from tests.calibrate.fused_step_cases import (
+    ALL_TYPES,
+    SOME_TYPES,
+    check,
+    check_both_ways,
+    check_search,
+    check_transpose,
+)
 from vllm_autoround.format.weights import Float8, Integer, NvFp4, WeightType
 
 pytestmark = pytest.mark.gpu
@@ -54,3 +61,8 @@ def test_a_layer_of_real_size(kind: WeightType) -> None:
 @pytest.mark.parametrize("shape", [(64, 128), (80, 48), (1040, 4112)])
 def test_the_transpose(shape: tuple[int, int]) -> None:
     check_transpose("cuda", shape)
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (80, 48), (1040, 4112)])
+def test_both_ways(shape: tuple[int, int]) -> None:
+    check_both_ways("cuda", shape)

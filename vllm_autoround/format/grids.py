@@ -55,8 +55,8 @@ def power_of_two(x: Tensor) -> Tensor:
 def e2m1_codes(values: Tensor) -> Tensor:
     """Values of the grid -> codes uint8: the sign in bit 3, the index of the magnitude below it; -0 becomes 0."""
     twice = (values.abs() * 2).to(torch.uint8)  # 0 1 2 3 4 6 8 12
-    index = torch.where(twice <= 4, twice, torch.where(twice == 6, 5, torch.where(twice == 8, 6, 7)))
-    return (index | ((values < 0).to(torch.uint8) << 3)).to(torch.uint8)
+    index = torch.minimum(twice, (twice >> 2) + 4)
+    return index | ((values < 0).to(torch.uint8) << 3)
 
 
 def e2m1_values(codes: Tensor) -> Tensor:
