@@ -123,8 +123,7 @@ def divergence(model: PreTrainedModel, original: PreTrainedModel, windows: Tenso
     """Mean Kullback-Leibler divergence, in nats, of the model's next-token distributions from the original's, over all
     positions of windows [W, T].
 
-    It sees every change of a distribution, where perplexity sees what the text's own tokens gain or lose: two roundings
-    of a model that are equally good differ by far less in it.
+    It sees every change of a distribution; perplexity sees only what becomes of the text's own tokens, which may gain.
     """
     total = 0.0
     for part in windows.split(8):

@@ -20,7 +20,7 @@ from typing import get_args
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.evaluation import (
     Problem,
@@ -67,6 +67,7 @@ class Contest:
     """What every contestant gets."""
 
     model: Path
+    original: PreTrainedModel  # the same, loaded
     device: torch.device
     tokenizer: PreTrainedTokenizerBase
     windows: Tensor  # [W, T] token ids
@@ -76,10 +77,7 @@ class Contest:
 
     def judge(self, scheme: str, weights: str, seed: int | None, checkpoint: Path | None, seconds: float | None) -> Row:
         """Evaluate a checkpoint, after checking that its weights are what the scheme says; None: the model itself."""
-        with (
-            served_model(self.model, checkpoint, self.device) as model,
-            served_model(self.model, None, self.device) as original,
-        ):
+        with served_model(self.model, checkpoint, self.device) as model:
             if checkpoint is not None:
                 kind = QuantScheme.parse(scheme).weights
                 if isinstance(kind, Integer):
@@ -89,7 +87,7 @@ class Contest:
                 weights=weights,
                 seed=seed,
                 ppl=perplexity(model, self.windows),
-                kl=divergence(model, original, self.windows),
+                kl=divergence(model, self.original, self.windows),
                 accuracy=accuracy(model, self.tokenizer, self.examples, self.problems, batch_size=self.batch_size),
                 seconds=seconds,
             )
@@ -137,16 +135,12 @@ class Contest:
 def main() -> int:
     args = _parse()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    contest = Contest(
-        args.model,
-        resolve_device(args.device),
-        tokenizer,
-        read_windows(args.heldout, tokenizer, length=_WINDOW, count=min(args.limit or _WINDOWS, _WINDOWS)),
-        read_problems(args.problems_train)[:_SHOTS],
-        read_problems(args.problems_test)[: args.limit],
-        args.batch_size,
-    )
-    rows = list(_rows(args, contest))
+    device = resolve_device(args.device)
+    windows = read_windows(args.heldout, tokenizer, length=_WINDOW, count=min(args.limit or _WINDOWS, _WINDOWS))
+    examples, problems = read_problems(args.problems_train)[:_SHOTS], read_problems(args.problems_test)[: args.limit]
+    with served_model(args.model, None, device) as original:
+        contest = Contest(args.model, original, device, tokenizer, windows, examples, problems, args.batch_size)
+        rows = list(_rows(args, contest))
     print(_table(rows))
     misses = list(_misses(rows, dict(args.max_ppl), dict(args.min_accuracy)))
     payload = {

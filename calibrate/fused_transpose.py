@@ -17,11 +17,13 @@ def fused_rescaled_transpose(rows8: Tensor, factor: Tensor) -> Tensor:
 
 def fused_rescaled_both_ways(values: Tensor, factor: Tensor, turned_factor: Tensor) -> tuple[Tensor, Tensor]:
     """`calibrate.fp8_matmul.rescaled_both_ways` on a GPU, of contiguous tensors."""
-    rows8 = torch.empty_like(values, dtype=torch.float8_e4m3fn)
+    rows8 = torch.empty(values.shape, dtype=torch.float8_e4m3fn, device=values.device)
     return rows8, _launch(values, turned_factor, rows8.view(torch.uint8), factor)
 
 
 def _launch(source: Tensor, turned_factor: Tensor, rows8: Tensor | None, factor: Tensor | None) -> Tensor:
+    if not all(tensor is None or tensor.is_contiguous() for tensor in (source, turned_factor, factor)):
+        raise ValueError("the kernel takes contiguous tensors only")
     rows, columns = source.shape
     turned = torch.empty(columns, rows, dtype=torch.float8_e4m3fn, device=source.device)
     grid = triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS)

@@ -131,10 +131,11 @@ def _on_host(tensor: Tensor) -> Tensor:
 
     While one thread copies to other memory, no other can tell the device anything.
     """
+    pinned = None
     if tensor.device.type == "cuda":
-        with suppress(RuntimeError):
-            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor.detach())
-    return tensor.detach().cpu().contiguous()
+        with suppress(RuntimeError):  # some systems have little memory that can be pinned
+            pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return tensor.detach().cpu().contiguous() if pinned is None else pinned.copy_(tensor.detach())
 
 
 def _lock(mark: IO[str], partial: Path) -> None:

@@ -1,8 +1,7 @@
 """Whether FP8 is precise enough to tune a block, measured on the block itself.
 
 A step goes by the signs of the gradient, and the gradient is that of a few samples, so that many signs are wrong
-anyway. FP8 does where it turns fewer signs than the choice of a sample, in every layer. In a batch of several both
-matter less, and for the same reason: a gradient is a sum over tokens.
+anyway. FP8 does where it turns fewer signs than the choice of samples, in every layer.
 """
 
 from __future__ import annotations
@@ -18,16 +17,15 @@ from vllm_autoround.format.scheme import QuantScheme
 
 
 def fp8_suffices(working: WorkingBlock, schemes: Mapping[str, QuantScheme], steps: Steps, batch: int) -> bool:
-    """Compare gradients of the layers in ``schemes``, as ``steps`` has them, for the first two samples.
+    """Compare gradients of the layers in ``schemes``, as ``steps`` has them, for the first two batches of ``batch``.
 
-    Args:
-        batch: samples a step.
+    Whole batches: what FP8 loses because something else in the tensor is large, no sum over more samples brings back.
     """
+    first, second = torch.arange(2 * batch).split(batch)
     # Where FP8 does, which is nearly everywhere, a bfloat16 step is not worth compiling.
-    exact, other = (steps.gradients(torch.tensor([sample]), compiled=False) for sample in range(2))
+    exact, other = (steps.gradients(picked, compiled=False) for picked in (first, second))
     with working.fp8_matmuls(schemes):
-        # The first one in every place: steps are compiled for whole batches.
-        rounded = steps.gradients(torch.zeros(batch, dtype=torch.long), compiled=True)
+        rounded = steps.gradients(first, compiled=True)
     return all(
         agreement(mine, fp8) >= agreement(mine, another)
         for mine, fp8, another in zip(exact, rounded, other, strict=True)

@@ -178,7 +178,7 @@ def _in_fp8(
     if recipe.tuning_precision != "auto":
         return recipe.tuning_precision == "fp8"
     batch = recipe.batch_size
-    possible = has_fp8(working.device) and fits_fp8(batch * inputs.shape[1]) and len(inputs) > 1
+    possible = has_fp8(working.device) and fits_fp8(batch * inputs.shape[1]) and 2 * batch <= len(inputs)
     in_bf16 = next(working.module.parameters()).dtype == torch.bfloat16
     faster = working.compiled and loss is mean_squared_error
     return possible and in_bf16 and faster and fp8_suffices(working, schemes, steps, batch)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
+from threading import Lock
 from types import FunctionType
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -183,6 +184,7 @@ class Workbench:
         self._staging: dict[str, Tensor] = {}  # pinned
         self._loaded: Block | None = None
         self._fetched: tuple[Block, dict[str, Tensor]] | None = None
+        self._handing_over = Lock()  # what is loaded, and what was fetched
 
     def close(self) -> None:
         """Free everything."""
@@ -203,8 +205,9 @@ class Workbench:
                 if self._has_room(sum(tensor.nbytes for tensor in fetched.values())):
                     fetched = {name: tensor.to(self._device, non_blocking=True) for name, tensor in fetched.items()}
                     torch.cuda.current_stream(self._device).synchronize()
-                if block is not self._loaded:  # this took too long
-                    self._fetched = block, fetched
+                with self._handing_over:
+                    if block is not self._loaded:  # or this took too long
+                        self._fetched = block, fetched
 
     def _stage(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies in pinned memory, in that of the last block as far as it fits: to pin more stalls the device."""
@@ -226,11 +229,13 @@ class Workbench:
     def load(self, block: Block, arguments: dict[str, Any]) -> WorkingBlock:
         """``block`` ready to run on the device, with what its forward takes beside the hidden states."""
         make = (_make_of_module(block.module), _make_of_arguments(arguments))
-        fetched, self._fetched, self._loaded = self._fetched, None, block
+        with self._handing_over:
+            fetched, self._fetched, self._loaded = self._fetched, None, block
         if make in self._made:
             working = self._made.pop(make)
             working.load(block, arguments, fetched[1] if fetched is not None and fetched[0] is block else None)
         else:
+            fetched = None  # its memory is free before more is taken
             if len(self._made) == _MAKES:
                 self._made.pop(next(iter(self._made))).release()  # the one that was not used for longest
             working = WorkingBlock(block, arguments, self._device, self._dtype, compile=self._compiles(block))

@@ -19,9 +19,12 @@ from tests.calibrate.conftest import COMMON, make_model
 from vllm_autoround.format.scheme import QuantScheme
 
 SAMPLES = torch.randint(2, 128, (2, 32), generator=torch.Generator().manual_seed(1))
+MANY = torch.randint(2, 128, (16, 64), generator=torch.Generator().manual_seed(1))
 
 
-def suffices(samples: torch.Tensor = SAMPLES, outlier: float = 1.0, real: torch.Tensor | None = None) -> bool:
+def suffices(
+    samples: torch.Tensor = SAMPLES, outlier: float = 1.0, real: torch.Tensor | None = None, batch: int = 1
+) -> bool:
     model = make_model(tf.LlamaConfig(**COMMON)).bfloat16()
     block = find_blocks(model)[0]
     with torch.no_grad():
@@ -36,11 +39,11 @@ def suffices(samples: torch.Tensor = SAMPLES, outlier: float = 1.0, real: torch.
     layers, scheme = [], QuantScheme.parse("W4A16G32")
     for name in block.linears():
         [target] = targets([working.originals[name]], scheme.weights)
-        recipe = Recipe(iters=1, batch_size=1)
+        recipe = Recipe(iters=1, batch_size=batch)
         layers.append(LayerState(working.module.get_submodule(name), target, Rounding.nearest(target), recipe, 1.0))
         layers[-1].restart()
-    steps = Steps(working, layers, hidden, outputs, real, mean_squared_error, (1, 1, 1))
-    return fp8_suffices(working, dict.fromkeys(block.linears(), scheme), steps, 1)
+    steps = Steps(working, layers, hidden, outputs, real, mean_squared_error, (1, 1, batch))
+    return fp8_suffices(working, dict.fromkeys(block.linears(), scheme), steps, batch)
 
 
 def test_it_suffices_between_samples_that_differ() -> None:
@@ -54,6 +57,12 @@ def test_not_between_samples_that_are_the_same() -> None:
 
 def test_not_where_an_outlier_leaves_nothing_of_all_else() -> None:
     assert not suffices(outlier=2.0**20)
+
+
+def test_whole_batches_are_compared() -> None:
+    """What an outlier leaves of a sample's gradient can be enough for that one, and too little for a batch of eight."""
+    assert suffices(MANY, outlier=2.0**18.6)
+    assert not suffices(MANY, outlier=2.0**18.6, batch=8)
 
 
 def test_not_where_it_loses_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,18 @@ def test_a_block_loaded_into_anothers_module_is_that_block(
     assert all(torch.equal(working.originals[name], layer.weight) for name, layer in blocks[2].linears().items())
 
 
+@torch.no_grad()
+def test_what_was_fetched_is_taken_in_place_of_the_blocks_own() -> None:
+    model = make_model(FAMILIES["llama"]())
+    blocks = find_blocks(model)
+    captured = capture_inputs(model, blocks, SAMPLES, torch.float32)
+    working = WorkingBlock(blocks[0], captured.arguments[0], CPU, torch.float32)
+    fetched = {name: tensor * 2 for name, tensor in blocks[2].module.state_dict().items()}
+    working.load(blocks[2], captured.arguments[2], fetched)
+    assert all(torch.equal(tensor, fetched[name]) for name, tensor in working.module.state_dict().items())
+    assert all(torch.equal(working.originals[name], fetched[f"{name}.weight"]) for name in working.originals)
+
+
 def test_a_block_leaves_the_arguments_of_others_alone() -> None:
     block = find_blocks(make_model(FAMILIES["llama"]()))[0]
     arguments = [{"mask": torch.full((1, 24), float(index % 2)).expand(4, 24)} for index in range(3)]
