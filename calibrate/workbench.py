@@ -34,7 +34,7 @@ Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 _COMPILED_WEIGHTS = 100_000_000  # in a block; compiling took 15 s on an H200, and saves the more the larger a block is
 # Times its own size that tuning a block may take beside the samples, and another block. Of Llama-3-8B's shape, in steps
-# of two samples, 8.9 GiB less 4.0 of samples were 12 times its .41 (`default` in benchmarks/results/tuning.json).
+# of two samples, 9.0 GiB less 4.0 of samples were 12 times its .41 (`default` in benchmarks/results/tuning.json).
 _TUNING_BLOCKS = 16
 _MAKES = 2  # remembered at once: models that alternate between two kinds of attention have as many
 

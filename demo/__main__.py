@@ -47,7 +47,8 @@ def main() -> None:
     WORK.mkdir()
     calibration, problems = write_data()
     out = WORK / "checkpoint"
-    settings = ["--scheme", "W4A16", "--kv-cache", "fp8", "--recipe", "autoround-fast"]
+    # Its texts do not make 128 samples of the usual 2,048 tokens.
+    settings = ["--scheme", "W4A16", "--kv-cache", "fp8", "--seqlen", "512"]
     run(PROGRAM, "calibrate", MODEL, out, *settings, "--dataset", calibration)
     run(sys.executable, "-m", "demo.ask", out)
     run(PROGRAM, "gate", out, "--baseline", MODEL, "--task", "gsm8k", "--data", problems, "--num-fewshot", "5")
