@@ -175,11 +175,11 @@ def sign_step(
     finite.logical_and_(step.low_clip.isfinite().all() & step.high_clip.isfinite().all())
     if means is not None:
         step = means.blend(step, momentum)
-    moved = rounding.offset.float() - rate[0] * _sign(step.offset)
+    moved = rounding.offset.float() - rate[0] * step.offset.sign()
     rounding.offset.copy_(moved.clamp(-MOST_OFFSET, MOST_OFFSET))
     if not target.type.one_scale:  # it is shared with other layers
         for clip, slope in ((rounding.low_clip, step.low_clip), (rounding.high_clip, step.high_clip)):
-            clip.copy_((clip - rate[1] * _sign(slope)).clamp(0, most_clip))
+            clip.copy_((clip - rate[1] * slope.sign()).clamp(0, most_clip))
     out.copy_(_weight(target, _quantize(target, rounding, times_reciprocal)))
 
 
@@ -279,8 +279,3 @@ def _weight(target: Target, state: _State) -> Tensor:
     """W^ [N, K] in the dtype of W."""
     weight = state.scale * (state.value - state.zero)
     return target.tile.merge(weight, target.weight.shape).to(target.weight.dtype)
-
-
-def _sign(x: Tensor) -> Tensor:
-    """-1, 0 or 1, and 0 for NaN."""
-    return (x > 0).float() - (x < 0).float()
