@@ -547,7 +547,7 @@ def test_error_is_at_most_half_a_step_inside_the_range(type_: WeightType, dtype:
     error = (tile.split(result.dequantize() - weight) / scale).abs()
     # float32 divides and multiplies with relative errors of 2^-24, of at most 448 steps.
     limit = torch.as_tensor(type_.spacing(x)) / 2 + x.abs() * 2.0**-22
-    inside = type_.within(x, zero)
+    inside = type_.within(x, zero).bool()
     assert (error <= limit)[inside].all()
     assert inside.float().mean() > (0.9 if getattr(type_, "bits", 8) > 3 else 0.7)
 

@@ -90,7 +90,7 @@ class Integer(WeightType):
 
     def within(self, x: Tensor, zero: Tensor | float) -> Tensor:
         code = torch.round(x) + zero
-        return (code >= 0) & (code <= self.max_code)
+        return code.clamp(0, self.max_code).eq_(code)
 
     @property
     def signed_scale(self) -> bool:
