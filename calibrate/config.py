@@ -52,6 +52,11 @@ class Recipe:
         """Whether anything is done after rounding to nearest."""
         return bool(self.iters or self.gptq)
 
+    @property
+    def weighs_pairs(self) -> bool:
+        """Whether scales or values are found by the second moments of the layers' inputs."""
+        return not self.iters and (self.scale_search or self.gptq)
+
     def learning_rate(self, step: int) -> float:
         """The rate of a step: linear from ``lr`` to 0."""
         return (self.lr or 1 / self.iters) * (1 - step / self.iters)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from calibrate.rounding import Rounding, Target, grid_of
 
-_DAMPING = 0.01  # of the mean of H's diagonal, added to it: GPTQ's own
+DAMPING = 0.01  # of the mean of H's diagonal, added to it: GPTQ's own
 _BLOCK = 128  # features whose effect on the others is applied at once
 _SWEEPS = 4  # of coordinate descent at most, to bound the time
 
@@ -35,7 +35,7 @@ def gptq(target: Target, start: Rounding, hessian: Tensor) -> Tensor:
     """
     order = hessian.diagonal().argsort(descending=True)
     h = hessian[order][:, order].double()
-    h.diagonal().add_(_DAMPING * h.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny))
+    h.diagonal().add_(DAMPING * h.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny))
     factor, info = torch.linalg.cholesky_ex(h)
     if info.item():
         raise ValueError("the inputs' second moments are not positive definite")

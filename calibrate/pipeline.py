@@ -245,14 +245,11 @@ def _statistics(
     working: WorkingBlock, schemes: Mapping[str, QuantScheme], quantized: Tensor, plan: Plan, recipe: Recipe
 ) -> dict[str, InputStatistics]:
     """Of the layers' inputs, of every layer that needs them: for static scales of activations ranges over all samples
-    [S, T, H], and everything else over those that are not held out; without these, and without GPTQ, all over a few."""
+    [S, T, H]; everything else over a few of those that are not held out, for GPTQ over all of these."""
     needed = [name for name, s in schemes.items() if recipe.scale_search or recipe.gptq or s.activations is not None]
     first = len(quantized) - plan.heldout
-    if not recipe.gptq and all(s.activations is None or s.activations.static is None for s in schemes.values()):
-        # Which input features weigh how much shows in a part of the tokens.
-        few = slice(min(first, -(-_IMPORTANCE_TOKENS // quantized.shape[1])))
-        real = None if plan.real is None else plan.real[few]
-        return observe_inputs(working.module, needed, quantized[few], working.arguments, real=real)
+    # Which input features weigh how much, and which err together, shows in a part of the tokens.
+    seen = first if recipe.gptq else min(first, -(-_IMPORTANCE_TOKENS // quantized.shape[1]))
 
     def observe(samples: slice, second_moments: bool) -> dict[str, InputStatistics]:
         real = None if plan.real is None else plan.real[samples]
@@ -260,10 +257,11 @@ def _statistics(
             working.module, needed, quantized[samples], working.arguments, real=real, second_moments=second_moments
         )
 
-    statistics = observe(slice(first), recipe.gptq)
-    if plan.heldout:
-        for name, seen in observe(slice(first, None), False).items():
-            statistics[name].widen(seen)
+    statistics = observe(slice(seen), recipe.weighs_pairs)
+    static = any(s.activations is not None and s.activations.static is not None for s in schemes.values())
+    if static and seen < len(quantized):
+        for name, others in observe(slice(seen, None), False).items():
+            statistics[name].widen(others)
     return statistics
 
 

@@ -67,8 +67,13 @@ def best_clips(target: Target, importance: Tensor, candidates: Candidates) -> tu
     for steps in candidates.fine:
         start = best
         for low_step, high_step in steps:
-            attempt(_move(start[0], low_step), _move(start[1], high_step))
+            attempt(moved_clip(start[0], low_step), moved_clip(start[1], high_step))
     return best
+
+
+def moved_clip(clip: Tensor, step: Tensor | float) -> Tensor:
+    """A clip of 0 stays out of the range."""
+    return torch.where(clip > 0, clip + step, clip)
 
 
 def _finder(target: Target) -> Callable[[Target, Tensor, Candidates], tuple[Tensor, Tensor]]:
@@ -80,11 +85,6 @@ def _finder(target: Target) -> Callable[[Target, Tensor, Candidates], tuple[Tens
         if supports(target):
             return fused_best_clips
     return best_clips
-
-
-def _move(clip: Tensor, step: float) -> Tensor:
-    """A clip of 0 stays out of the range."""
-    return torch.where(clip > 0, clip + step, clip)
 
 
 def _coarse(kind: WeightType, tuned: bool) -> list[tuple[float, float]]:

@@ -26,6 +26,7 @@ from calibrate.layer_schemes import fused_groups
 from calibrate.layer_state import LayerReport, LayerState
 from calibrate.precision import fp8_suffices
 from calibrate.rounding import MOST_CLIP, OFFSET_UNIT, Rounding, Target, freeze, targets
+from calibrate.scale_descent import descend_scales
 from calibrate.scale_search import search_scales
 from calibrate.steps import Steps
 from calibrate.workbench import Loss, WorkingBlock
@@ -241,11 +242,18 @@ def _starts(
             names = [name for name in group if schemes[name].weights == kind]
             made = targets([working.originals[name] for name in names], kind)
             for name, target in zip(names, made, strict=True):
-                start = (target, Rounding.nearest(target))
-                if recipe.scale_search:
-                    start = search_scales(target, statistics[name].square_sum, tuned=recipe.iters > 0)
-                starts[name] = start
+                starts[name] = _start(target, statistics.get(name), recipe)
     return {name: starts[name] for name in schemes}
+
+
+def _start(target: Target, statistics: InputStatistics | None, recipe: Recipe) -> tuple[Target, Rounding]:
+    if not recipe.scale_search:
+        return target, Rounding.nearest(target)
+    seen = cast(InputStatistics, statistics)
+    target, start = search_scales(target, seen.square_sum, tuned=recipe.iters > 0)
+    if recipe.weighs_pairs:
+        start = descend_scales(target, start, cast(Tensor, seen.second_moments))
+    return target, start
 
 
 def _set_up(

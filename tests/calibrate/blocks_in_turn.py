@@ -63,7 +63,7 @@ def tune_in_turn(
         working.advance(original)
         schemes = schemes_of(index, block)
         statistics = observe_inputs(
-            working.module, schemes, quantized, working.arguments, real=real, second_moments=recipe.gptq
+            working.module, schemes, quantized, working.arguments, real=real, second_moments=recipe.weighs_pairs
         )
         last = index == len(blocks) - 1
         divergence = last and recipe.kl_last_block

@@ -54,7 +54,7 @@ def tune(
     advance(block, targets, arguments)
     schemes = dict.fromkeys(blocks[0].linears(), QuantScheme.parse(scheme))
     schemes |= {name: QuantScheme.parse(other) for name, other in (mixed or {}).items()}
-    statistics = observe_inputs(block, schemes, inputs, arguments, second_moments=recipe.gptq)
+    statistics = observe_inputs(block, schemes, inputs, arguments, second_moments=recipe.weighs_pairs)
     with working.quantized_inputs(quantized_inputs_of(schemes, statistics)):
         tuned = tune_block(
             working,
