@@ -11,6 +11,8 @@ errors that are small. Values are still rounded to nearest. With the damping tha
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -19,15 +21,18 @@ from calibrate.rounding import Rounding, Target, fake_quantize
 from calibrate.scale_search import Candidates, moved_clip
 from vllm_autoround.format.weights import Bounds
 
+_FEW = 3  # scales to choose from: less than 1 % better, for MXFP4
 _SWEEPS = 2  # over all groups
-_MOST_TRIED = 1 << 24  # weights at once, to bound the memory
+_BLOCK = 256  # features whose groups are tried at once, and then chosen from one after the other
+_MOST_TRIED = 1 << 26  # weights at once, to bound the memory
 
 
 @torch.no_grad()
 def descend_scales(target: Target, start: Rounding, hessian: Tensor) -> Rounding:
     """Clips that are no worse than those of ``start`` in the metric of ``hessian``.
 
-    ``start`` itself for groups of several rows, and where the search has nothing to choose from.
+    ``start`` itself for groups of several rows, and where the search has next to nothing to choose from: powers of two,
+    or scales of a grid that is as fine at one as at another.
 
     Args:
         target: as `search_scales` gives it.
@@ -36,11 +41,11 @@ def descend_scales(target: Target, start: Rounding, hessian: Tensor) -> Rounding
     """
     candidates = Candidates.of(target.type, tuned=False)
     tried = len(candidates.coarse)
-    if target.tile.rows > 1 or tried == 1:
+    if target.tile.rows > 1 or tried <= _FEW:
         return start
     h = hessian.clone()
     h.diagonal().add_(DAMPING * h.diagonal().mean())
-    at_once = max(1, _MOST_TRIED // (tried * target.tile.columns))
+    at_once = max(1, _MOST_TRIED // (tried * _block(target)))
     clips = []
     for first in range(0, len(target.weight), at_once):
         rows = slice(first, first + at_once)
@@ -55,35 +60,51 @@ def _descend(
     """The clips [N, C] that these become."""
     low_clip, high_clip = low_clip.clone(), high_clip.clone()
     error = _errors(target, low_clip[None], high_clip[None])[0]
-    coarse, *fine = (
-        torch.tensor(tried, device=h.device).T[..., None] for tried in (candidates.coarse, *candidates.fine)
-    )
-    width = target.tile.columns
-    for group in [*range(low_clip.shape[1])] * _SWEEPS:
-        columns = slice(group * width, (group + 1) * width)
-        part = _part(target, slice(None), columns, slice(group, group + 1))
-        own = h[columns, columns]
-        others = error @ h[:, columns] - error[:, columns] @ own
-        low, high = low_clip[:, group], high_clip[:, group]
-        low, high = _best(part, own, others, _stack(low, coarse[0]), _stack(high, coarse[1]))
-        for steps in fine:
-            lows, highs = _stack(low, moved_clip(low, steps[0])), _stack(high, moved_clip(high, steps[1]))
-            low, high = _best(part, own, others, lows, highs)
-        low_clip[:, group], high_clip[:, group] = low, high
-        error[:, columns] = _errors(part, low[None, :, None], high[None, :, None])[0]
+    rounds = (candidates.coarse, *candidates.fine)
+    coarse, *fine = (torch.tensor(tried, device=h.device).T[..., None] for tried in rounds)  # [2, T, 1] each
+    width, rows = target.tile.columns, slice(None)
+    for block in list(range(0, len(h), _block(target))) * _SWEEPS:
+        columns = slice(block, block + _block(target))
+        groups = slice(columns.start // width, columns.stop // width)
+        part = _part(target, rows, columns, groups)
+        tried = _errors(part, *(ratio[..., None].expand(-1, *part.bounds.low.shape) for ratio in coarse))
+        slopes = error @ h[:, columns]  # e H, kept up to date inside the block
+        for group in range(part.bounds.low.shape[1]):
+            inner = slice(group * width, (group + 1) * width)
+            here, number = slice(block + inner.start, block + inner.stop), groups.start + group
+            own, before = h[here, here], error[:, here].clone()
+            others = slopes[:, inner] - before @ own
+            one = _part(target, rows, here, slice(number, number + 1))
+            now = _Choice(before, low_clip[:, number], high_clip[:, number])
+            now = _best(now, _Choice(tried[..., inner], *coarse), own, others)
+            for steps in fine:
+                lows, highs = moved_clip(now.low, steps[0]), moved_clip(now.high, steps[1])
+                now = _best(now, _Choice(_errors(one, lows[..., None], highs[..., None]), lows, highs), own, others)
+            error[:, here], low_clip[:, number], high_clip[:, number] = now
+            slopes += (now.error - before) @ h[here, columns]
     return low_clip, high_clip
 
 
-def _best(part: Target, own: Tensor, others: Tensor, lows: Tensor, highs: Tensor) -> tuple[Tensor, Tensor]:
-    """For each row of one group the best of these clips [T, N], the first of them among equals: [N] each.
+class _Choice(NamedTuple):
+    """Of one group; or several to choose from, with T in front, and N or 1 clips each."""
+
+    error: Tensor  # W^ - W, [N, G]
+    low: Tensor  # [N]
+    high: Tensor  # [N]
+
+
+def _best(now: _Choice, others: _Choice, own: Tensor, slopes: Tensor) -> _Choice:
+    """For each row the best, ``now`` among equals.
 
     Args:
         own: H of the group's features, [G, G].
-        others: e H of these features, [N, G], from the errors of the other groups.
+        slopes: e H of these features, [N, G], from the errors of the other groups.
     """
-    errors = _errors(part, lows[..., None], highs[..., None])
-    least = ((errors @ own + 2 * others) * errors).sum(-1).argmin(0, keepdim=True)
-    return lows.gather(0, least)[0], highs.gather(0, least)[0]
+    error = torch.cat([now.error[None], others.error])
+    low, high = (torch.cat([old[None], new.expand(-1, len(old))]) for old, new in zip(now[1:], others[1:], strict=True))
+    least = ((error @ own + 2 * slopes) * error).sum(-1).argmin(0)
+    row = torch.arange(len(least), device=least.device)
+    return _Choice(error[least, row], low[least, row], high[least, row])
 
 
 def _errors(target: Target, lows: Tensor, highs: Tensor) -> Tensor:
@@ -95,9 +116,10 @@ def _errors(target: Target, lows: Tensor, highs: Tensor) -> Tensor:
     return (made.float() - stacked.weight.float()).unflatten(0, (times, -1))
 
 
-def _stack(best: Tensor, tried: Tensor) -> Tensor:
-    """[N] and [T, N] or [T, 1] -> [1 + T, N]."""
-    return torch.cat([best[None], tried.expand(-1, len(best))])
+def _block(target: Target) -> int:
+    """Whole groups."""
+    width = target.tile.columns
+    return max(width, _BLOCK // width * width)
 
 
 def _part(target: Target, rows: slice, columns: slice, groups: slice) -> Target:

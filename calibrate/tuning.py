@@ -251,7 +251,7 @@ def _start(target: Target, statistics: InputStatistics | None, recipe: Recipe) -
         return target, Rounding.nearest(target)
     seen = cast(InputStatistics, statistics)
     target, start = search_scales(target, seen.square_sum, tuned=recipe.iters > 0)
-    if recipe.weighs_pairs:
+    if recipe.weighs_pairs and not recipe.gptq:  # which is better on scales that suit each group by itself
         start = descend_scales(target, start, cast(Tensor, seen.second_moments))
     return target, start
 

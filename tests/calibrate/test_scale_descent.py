@@ -16,7 +16,7 @@ from calibrate.scale_search import Candidates, search_scales
 from tests.calibrate.exports import llama, save_source
 from vllm_autoround.format.scheme import QuantScheme
 
-SCHEMES = ["W2A16G32", "W4A16_ASYM_G32", "W3A16", "W4A16G-1", "NVFP4A16", "MXFP4A16"]
+SCHEMES = ["W2A16G32", "W4A16_ASYM_G32", "W3A16", "W4A16G-1", "NVFP4A16"]
 
 
 def problem(scheme: str, columns: int = 256) -> tuple[Target, Rounding, Tensor]:
@@ -36,7 +36,7 @@ def loss(target: Target, rounding: Rounding, hessian: Tensor) -> Tensor:
     return ((error @ h) * error).sum(1)
 
 
-@pytest.mark.parametrize(("scheme", "gain"), zip(SCHEMES, [0.9, 0.9, 0.97, 0.97, 0.8, 0.99], strict=True))
+@pytest.mark.parametrize(("scheme", "gain"), zip(SCHEMES, [0.9, 0.9, 0.97, 0.97, 0.8], strict=True))
 def test_no_row_is_worse_and_together_they_are_better(scheme: str, gain: float) -> None:
     target, start, hessian = problem(scheme)
     before, after = (loss(target, r, hessian) for r in (start, descend_scales(target, start, hessian)))
@@ -60,13 +60,13 @@ def test_no_single_group_can_be_changed_for_the_better(scheme: str, monkeypatch:
 def test_rows_do_not_depend_on_how_many_are_done_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     target, start, hessian = problem("W4A16G32")
     whole = descend_scales(target, start, hessian)
-    monkeypatch.setattr("calibrate.scale_descent._MOST_TRIED", 5 * 32 * 34)
+    monkeypatch.setattr("calibrate.scale_descent._MOST_TRIED", 5 * 256 * 34)
     parted = descend_scales(target, start, hessian)
     assert (whole.high_clip == parted.high_clip).float().mean() > 0.99  # but for the order of sums
     torch.testing.assert_close(loss(target, whole, hessian), loss(target, parted, hessian), rtol=0.02, atol=0)
 
 
-@pytest.mark.parametrize("scheme", ["FP8_BLOCK", "FP8_STATIC"])
+@pytest.mark.parametrize("scheme", ["FP8_BLOCK", "FP8_STATIC", "MXFP4"])
 def test_where_there_is_nothing_to_choose_from_the_start_stays(scheme: str) -> None:
     target, start, hessian = problem(scheme)
     assert descend_scales(target, start, hessian) is start

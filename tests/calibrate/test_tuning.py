@@ -145,7 +145,7 @@ def test_gptq_beats_rounding_to_nearest_without_steps(scheme: str) -> None:
     searched = replace(PLAIN, scale_search=True)
     nearest, nearest_error, _ = tune(0, scheme, recipe=searched)
     rounded, error, _ = tune(0, scheme, recipe=replace(searched, gptq=True))
-    assert rounded.start == nearest.start
+    assert rounded.start.error >= nearest.start.error  # whose scales suit all groups of a row
     assert rounded.final_loss is None
     assert error < 0.8 * nearest_error
 
