@@ -31,6 +31,7 @@ from calibrate.outside import quantize_embedding, quantize_heads, replaced_weigh
 from calibrate.plan import Plan, make_plan
 from calibrate.report import BlockReport, Stopwatch, decibels, environment, peak_memory, progress_bars, summary_table
 from calibrate.resident import install
+from calibrate.scale_descent import descends
 from calibrate.source import load_source
 from calibrate.tail import ModelTail
 from calibrate.tuning import TunedBlock, forward_in_fp8, mean_squared_error, tune_block
@@ -257,7 +258,8 @@ def _statistics(
             working.module, needed, quantized[samples], working.arguments, real=real, second_moments=second_moments
         )
 
-    statistics = observe(slice(seen), recipe.weighs_pairs)
+    pairs = recipe.gptq or (recipe.weighs_pairs and any(descends(scheme.weights) for scheme in schemes.values()))
+    statistics = observe(slice(seen), pairs)
     static = any(s.activations is not None and s.activations.static is not None for s in schemes.values())
     if static and seen < len(quantized):
         for name, others in observe(slice(seen, None), False).items():

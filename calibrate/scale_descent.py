@@ -4,9 +4,10 @@ With X [T, K] the layer's inputs and H = X^T X, the squared error of the layer's
 
     e H e^T
 
-The search sees the diagonal of H only. Here one group after the other takes those clips, of all that the search tries,
-that make the whole row's error least, given the errors of its other groups: errors that cancel are worth more than
-errors that are small. Values are still rounded to nearest. With the damping that is added to H, no row gets worse.
+The search sees the diagonal of H only. Here one group after the other takes those clips, of the search's grid and close
+to its own, that make the whole row's error least, given the errors of its other groups: errors that cancel are worth
+more than errors that are small. Values are still rounded to nearest. With the damping that is added to H, and on the
+samples that H was made of, no row gets worse.
 """
 
 from __future__ import annotations
@@ -14,25 +15,27 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, inf
 
 from calibrate.gptq import DAMPING
 from calibrate.rounding import Rounding, Target, fake_quantize
 from calibrate.scale_search import Candidates, moved_clip
-from vllm_autoround.format.weights import Bounds
+from vllm_autoround.format.weights import Bounds, WeightType
 
 _FEW = 3  # scales to choose from: less than 1 % better, for MXFP4
-_SWEEPS = 2  # over all groups
+_SWEEPS = 2  # over all groups of a row
 _BLOCK = 256  # features whose groups are tried at once, and then chosen from one after the other
-_MOST_TRIED = 1 << 26  # weights at once, to bound the memory
+_MOST_TRIED = 1 << 26  # weights at once, some 25 bytes each
+
+
+def descends(kind: WeightType) -> bool:
+    """Whether the search has enough to choose from: no powers of two, no grid as fine at one scale as at another."""
+    return len(Candidates.of(kind, tuned=False).coarse) > _FEW
 
 
 @torch.no_grad()
 def descend_scales(target: Target, start: Rounding, hessian: Tensor) -> Rounding:
-    """Clips that are no worse than those of ``start`` in the metric of ``hessian``.
-
-    ``start`` itself for groups of several rows, and where the search has next to nothing to choose from: powers of two,
-    or scales of a grid that is as fine at one as at another.
+    """Clips that are no worse than those of ``start`` in the metric of ``hessian``; ``start`` if nothing `descends`.
 
     Args:
         target: as `search_scales` gives it.
@@ -40,12 +43,11 @@ def descend_scales(target: Target, start: Rounding, hessian: Tensor) -> Rounding
         hessian: H [K, K] float32, symmetric.
     """
     candidates = Candidates.of(target.type, tuned=False)
-    tried = len(candidates.coarse)
-    if target.tile.rows > 1 or tried <= _FEW:
+    if not descends(target.type):
         return start
     h = hessian.clone()
     h.diagonal().add_(DAMPING * h.diagonal().mean())
-    at_once = max(1, _MOST_TRIED // (tried * _block(target)))
+    at_once = max(1, _MOST_TRIED // max(len(candidates.coarse) * _block(target), len(h)))
     clips = []
     for first in range(0, len(target.weight), at_once):
         rows = slice(first, first + at_once)
@@ -63,7 +65,8 @@ def _descend(
     rounds = (candidates.coarse, *candidates.fine)
     coarse, *fine = (torch.tensor(tried, device=h.device).T[..., None] for tried in rounds)  # [2, T, 1] each
     width, rows = target.tile.columns, slice(None)
-    for block in list(range(0, len(h), _block(target))) * _SWEEPS:
+    sweeps = _SWEEPS if width < len(h) else 1
+    for block in list(range(0, len(h), _block(target))) * sweeps:
         columns = slice(block, block + _block(target))
         groups = slice(columns.start // width, columns.stop // width)
         part = _part(target, rows, columns, groups)
@@ -102,7 +105,8 @@ def _best(now: _Choice, others: _Choice, own: Tensor, slopes: Tensor) -> _Choice
     """
     error = torch.cat([now.error[None], others.error])
     low, high = (torch.cat([old[None], new.expand(-1, len(old))]) for old, new in zip(now[1:], others[1:], strict=True))
-    least = ((error @ own + 2 * slopes) * error).sum(-1).argmin(0)
+    loss = ((error @ own + 2 * slopes) * error).sum(-1)
+    least = torch.where(loss.isfinite(), loss, inf).argmin(0)  # in float16 W^ may be infinite
     row = torch.arange(len(least), device=least.device)
     return _Choice(error[least, row], low[least, row], high[least, row])
 

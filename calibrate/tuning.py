@@ -26,7 +26,7 @@ from calibrate.layer_schemes import fused_groups
 from calibrate.layer_state import LayerReport, LayerState
 from calibrate.precision import fp8_suffices
 from calibrate.rounding import MOST_CLIP, OFFSET_UNIT, Rounding, Target, freeze, targets
-from calibrate.scale_descent import descend_scales
+from calibrate.scale_descent import descend_scales, descends
 from calibrate.scale_search import search_scales
 from calibrate.steps import Steps
 from calibrate.workbench import Loss, WorkingBlock
@@ -251,7 +251,8 @@ def _start(target: Target, statistics: InputStatistics | None, recipe: Recipe) -
         return target, Rounding.nearest(target)
     seen = cast(InputStatistics, statistics)
     target, start = search_scales(target, seen.square_sum, tuned=recipe.iters > 0)
-    if recipe.weighs_pairs and not recipe.gptq:  # which is better on scales that suit each group by itself
+    # GPTQ is better on scales that suit each group by itself.
+    if recipe.weighs_pairs and not recipe.gptq and descends(target.type):
         start = descend_scales(target, start, cast(Tensor, seen.second_moments))
     return target, start
 

@@ -57,6 +57,19 @@ def test_all_samples_are_looked_at_for_static_scales_only(
     assert changed > plain == same
 
 
+@pytest.mark.parametrize(("scheme", "pairs"), [("W4A16G16", True), ("NVFP4", True), ("MXFP4", False), ("FP8", False)])
+def test_second_moments_are_there_for_scales_that_descend(
+    scheme: str, pairs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("calibrate.pipeline._IMPORTANCE_TOKENS", 2 * 16)
+    plan, hidden, working = _first_block(tmp_path, scheme)
+    recipe = replace(RECIPES["rtn"], nsamples=8)
+    seen = _statistics(working, plan.schemes(plan.blocks[0]), hidden, plan, recipe)["self_attn.q_proj"]
+    assert (seen.second_moments is not None) == pairs
+    if seen.second_moments is not None:
+        torch.testing.assert_close(seen.second_moments.diagonal(), seen.square_sum)
+
+
 def test_what_was_made_for_the_verdict_is_not_made_again_but_for_whole_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

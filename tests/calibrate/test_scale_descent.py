@@ -38,7 +38,7 @@ def loss(target: Target, rounding: Rounding, hessian: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("scheme", "gain"), zip(SCHEMES, [0.9, 0.9, 0.97, 0.97, 0.8], strict=True))
 def test_no_row_is_worse_and_together_they_are_better(scheme: str, gain: float) -> None:
-    target, start, hessian = problem(scheme)
+    target, start, hessian = problem(scheme, columns=608)  # two blocks and a half
     before, after = (loss(target, r, hessian) for r in (start, descend_scales(target, start, hessian)))
     assert (after <= before * (1 + 1e-5)).all()
     assert after.sum() < gain * before.sum()
@@ -55,6 +55,28 @@ def test_no_single_group_can_be_changed_for_the_better(scheme: str, monkeypatch:
             other = found.clone()
             other.low_clip[:, group], other.high_clip[:, group] = low, high
             assert (loss(target, other, hessian) >= least * (1 - 1e-5)).all()
+
+
+def test_finer_moves_and_a_second_sweep_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, start, hessian = problem("W3A16G32")
+    both = loss(target, descend_scales(target, start, hessian), hessian).sum()
+    with monkeypatch.context() as patch:
+        patch.setattr("calibrate.scale_descent._SWEEPS", 1)
+        assert both < loss(target, descend_scales(target, start, hessian), hessian).sum()
+    coarse = Candidates(Candidates.of(target.type, tuned=False).coarse, [])
+    monkeypatch.setattr(Candidates, "of", lambda kind, tuned: coarse)
+    assert both < loss(target, descend_scales(target, start, hessian), hessian).sum()
+
+
+def test_what_overflows_is_not_chosen() -> None:
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(8, 64, generator=generator).half()
+    weight[0, :2] = torch.tensor([-64000.0, 65000.0])
+    x = torch.randn(100, 64, generator=generator)
+    [target] = targets([weight], QuantScheme.parse("W4A16G32").weights)
+    target, start = search_scales(target, x.square().sum(0), tuned=False)
+    assert fake_quantize(target, start).isfinite().all()
+    assert fake_quantize(target, descend_scales(target, start, x.T @ x)).isfinite().all()
 
 
 def test_rows_do_not_depend_on_how_many_are_done_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
