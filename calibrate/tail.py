@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -41,13 +42,11 @@ class ModelTail:
             real: [B, T] bool, the tokens that count; None: all.
         """
         counted = torch.ones(output.shape[:-1], device=output.device) if real is None else real.float()
-        parts = zip(self._slices(output), self._slices(target), self._slices(counted[..., None]), strict=True)
-        # Checkpointed, so that only one part's logits exist, forward and backward.
-        sums = [
-            checkpoint(self._divergence, mine, theirs, weights, use_reentrant=False, preserve_rng_state=False)
-            for mine, theirs, weights in parts
-        ]
-        return torch.stack(sums).sum() / counted.sum()
+        parts = list(zip(*map(self._slices, (output, target, counted[..., None])), strict=True))
+        divergence: Callable[..., Tensor] = self._divergence
+        if len(parts) > 1:  # only one part's logits are to exist, forward and backward
+            divergence = partial(checkpoint, divergence, use_reentrant=False, preserve_rng_state=False)
+        return torch.stack([divergence(*part) for part in parts]).sum() / counted.sum()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[1, T, H] -> [T, V] float32."""
