@@ -130,7 +130,7 @@ def _time_step(scheme: str, shape: BlockShape, batch: int, how: _How) -> dict[st
         working.module.requires_grad_(False)
         layers = []
         for name in block.linears():
-            [target] = targets([working.originals[name]], quant.weights)
+            [target] = targets([working.wanted[name]], quant.weights)
             module = working.module.get_submodule(name)
             layers.append(LayerState(module, target, Rounding.nearest(target), recipe, MOST_CLIP))  # type: ignore[arg-type]
         shape_of_steps = (recipe.iters, 1, batch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +27,9 @@ class InputStatistics:
     @classmethod
     def of(cls, x: Tensor, *, second_moments: bool = False) -> InputStatistics:
         """Of an input [..., K]."""
-        values = x.detach().flatten(0, -2).float()
-        return cls(values.abs().amax(), values.square().sum(0), values.T @ values if second_moments else None)
+        x = x.detach().flatten(0, -2)
+        values = x.float()
+        return cls(values.abs().amax(), values.square().sum(0), token_products(x, x) if second_moments else None)
 
     def merge(self, other: InputStatistics) -> None:
         """Take further samples in."""
@@ -91,16 +92,32 @@ def recorded_inputs(
     """
 
     def record(name: str, x: Tensor) -> None:
-        # Some models hand their layers [B * T, K].
-        counted = x if real is None else x.reshape(*real.shape, -1)[real.to(x.device)]
-        statistics = InputStatistics.of(counted, second_moments=second_moments)
+        statistics = InputStatistics.of(x, second_moments=second_moments)
         if name in seen:
             seen[name].merge(statistics)
         else:
             seen[name] = statistics
 
+    with watched_inputs(model, names, record, real=real):
+        yield
+
+
+@contextmanager
+def watched_inputs(
+    model: nn.Module, names: Collection[str], record: Callable[[str, Tensor], None], *, real: Tensor | None = None
+) -> Iterator[None]:
+    """Call ``record`` with the name and the input [tokens, K] of every call of these layers inside the context.
+
+    Args:
+        real: [B, T] bool, the tokens that count; None: all.
+    """
+
+    def counted(x: Tensor) -> Tensor:
+        # Some models hand their layers [B * T, K].
+        return x.flatten(0, -2) if real is None else x.reshape(*real.shape, -1)[real.to(x.device)]
+
     hooks = [
-        model.get_submodule(name).register_forward_pre_hook(lambda _module, args, name=name: record(name, args[0]))
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: record(name, counted(args[0])))
         for name in names
     ]
     try:
@@ -108,6 +125,13 @@ def recorded_inputs(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def token_products(left: Tensor, right: Tensor) -> Tensor:
+    """Sum over tokens of left^T right, [T, J] and [T, K] of one dtype -> [J, K] float32."""
+    if left.device.type == "cuda" and left.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(left.T, right, out_dtype=torch.float32)  # exact products, by the tensor cores
+    return left.T.float() @ right.float()
 
 
 def quantized_inputs_of(

@@ -25,6 +25,7 @@ from calibrate.checkpoint import CheckpointWriter
 from calibrate.clock import Clock
 from calibrate.config import CalibrationConfig, Recipe
 from calibrate.end_to_end import TunedEarlier, train_scales
+from calibrate.input_noise import make_up
 from calibrate.inspection import inspect_checkpoint
 from calibrate.kv_cache import observed
 from calibrate.outside import quantize_embedding, quantize_heads, replaced_weight
@@ -87,7 +88,7 @@ def calibrate(model: str | Path, out: str | Path, **settings: Any) -> dict[str, 
                     working = bench.load(block, arguments[index])
                     if not last:
                         background.submit(partial(bench.fetch, plan.blocks[index + 1]))
-                tuned, inputs, scales = _calibrate_block(
+                tuned, inputs, scales, made_up = _calibrate_block(
                     index, block, working, original, quantized, plan, config, progress.step, loss, clock
                 )
             except NonFiniteError as error:
@@ -107,6 +108,7 @@ def calibrate(model: str | Path, out: str | Path, **settings: Any) -> dict[str, 
                     tuned_loss=tuned.tuned.loss,
                     kept_start=tuned.kept_start,
                     in_fp8=tuned.in_fp8,
+                    made_up=made_up,
                     final_loss=tuned.final_loss,
                     seconds=block_watch.seconds(),
                     phases=clock.seconds,
@@ -180,11 +182,12 @@ def _calibrate_block(
     on_step: Callable[[], None],
     loss: Loss,
     clock: Clock,
-) -> tuple[TunedBlock, dict[str, QuantizedInput], dict[str, Tensor]]:
+) -> tuple[TunedBlock, dict[str, QuantizedInput], dict[str, Tensor], dict[str, float]]:
     """Tune one block and advance both chains, [S, T, H], through it, in place.
 
     Returns:
-        The block, how its layers' inputs are quantized, and its activation and KV scales by the tensor's full name.
+        The block, how its layers' inputs are quantized, its activation and KV scales by the tensor's full name, and
+        what `make_up` says.
     """
     schemes = plan.schemes(block)
     with clock.phase("original chain"):
@@ -192,6 +195,11 @@ def _calibrate_block(
     with clock.phase("statistics"):  # on the quantized chain: what the layers will be fed when they are served
         statistics = _statistics(working, schemes, quantized, plan, config.tuning)
     inputs = quantized_inputs_of(schemes, statistics)
+    made_up = dict[str, float]()
+    if config.tuning.weighs_pairs and inputs:
+        seen = slice(len(quantized) - plan.heldout)
+        with clock.phase("input noise"):
+            made_up = make_up(working, inputs, quantized[seen], None if plan.real is None else plan.real[seen])
     with working.quantized_inputs(inputs):
         tuned = tune_block(
             working,
@@ -216,7 +224,7 @@ def _calibrate_block(
         for name, made in inputs.items()
         if made.scale is not None
     }
-    return tuned, inputs, scales
+    return tuned, inputs, scales, made_up
 
 
 def _write_blocks(
@@ -233,7 +241,7 @@ def _write_blocks(
     for index, (block, done) in enumerate(zip(plan.blocks, waiting, strict=True)):
         working = bench.load(block, arguments[index])
         for name, weight in done.weights.items():
-            install(cast(nn.Linear, working.module.get_submodule(name)), weight, working.originals[name].dtype)
+            install(cast(nn.Linear, working.module.get_submodule(name)), weight, working.wanted[name].dtype)
         try:
             with working.quantized_inputs(done.inputs):
                 kv_scales = _advance_quantized(working, quantized, block.name, plan)

@@ -240,7 +240,7 @@ def _starts(
     for group in fused_groups(schemes):
         for kind in dict.fromkeys(schemes[name].weights for name in group):
             names = [name for name in group if schemes[name].weights == kind]
-            made = targets([working.originals[name] for name in names], kind)
+            made = targets([working.wanted[name] for name in names], kind)
             for name, target in zip(names, made, strict=True):
                 starts[name] = _start(target, statistics.get(name), recipe)
     return {name: starts[name] for name in schemes}

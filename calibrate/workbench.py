@@ -61,13 +61,14 @@ class WorkingBlock:
     ) -> None:
         self.module = make_working(to_device(block, device, dtype))
         self.arguments = copy_arguments(arguments, device)  # what its forward takes beside the hidden states
-        self.originals: dict[str, Tensor] = {}  # weight [N, K] of each linear layer as loaded, on the device
+        # [N, K] what each linear layer is to come near: its weight as loaded, or as `calibrate.input_noise` made it.
+        self.wanted: dict[str, Tensor] = {}
         self.compiled = compile
         self._forward = compiled(run_block) if compile else run_block
         self._kept: tuple[Any, Any] | None = None  # key and value
         self._scales: dict[str, Tensor] = {}  # static ones of the layers' inputs
         self._products: dict[tuple[str, bool], Fp8Products] = {}  # by layer, and whether they are exact
-        self._load_originals(block)
+        self._load_wanted(block)
 
     @property
     def device(self) -> torch.device:
@@ -99,7 +100,7 @@ class WorkingBlock:
         for mine, new in zip(pytree.tree_leaves(self.arguments), pytree.tree_leaves(arguments), strict=True):
             if isinstance(mine, Tensor):
                 mine.copy_(new)
-        self._load_originals(block)
+        self._load_wanted(block)
 
     def release(self) -> None:
         """Forget what was kept, which holds on to this block, and so to memory that nothing else would free."""
@@ -123,7 +124,7 @@ class WorkingBlock:
         """`calibrate.linear.fp8_matmuls` for these layers, in memory that stays where it is."""
         products = {}
         for name, scheme in schemes.items():
-            rows = MOST_CLIP * self.originals[name].abs().amax(1, keepdim=True).float()
+            rows = MOST_CLIP * self.wanted[name].abs().amax(1, keepdim=True).float()
             made = Fp8Products(is_exact(scheme), rows, rows.amax())
             held = self._products.setdefault((name, made.exact), made)
             held.row_most.copy_(made.row_most)
@@ -143,13 +144,13 @@ class WorkingBlock:
             for name, made in inputs.items()
         }
 
-    def _load_originals(self, block: Block) -> None:
+    def _load_wanted(self, block: Block) -> None:
         for name, layer in block.linears().items():
             weight = layer.weight.detach()
             mine = cast(nn.Linear, self.module.get_submodule(name)).weight.detach()
-            if name not in self.originals:
-                self.originals[name] = torch.empty_like(mine, dtype=weight.dtype)
-            self.originals[name].copy_(mine if mine.dtype == weight.dtype else weight)
+            if name not in self.wanted:
+                self.wanted[name] = torch.empty_like(mine, dtype=weight.dtype)
+            self.wanted[name].copy_(mine if mine.dtype == weight.dtype else weight)
 
 
 def loss_of_block(

@@ -38,7 +38,7 @@ def suffices(
         outputs = working.run(hidden)
     layers, scheme = [], QuantScheme.parse("W4A16G32")
     for name in block.linears():
-        [target] = targets([working.originals[name]], scheme.weights)
+        [target] = targets([working.wanted[name]], scheme.weights)
         recipe = Recipe(iters=1, batch_size=batch)
         layers.append(LayerState(working.module.get_submodule(name), target, Rounding.nearest(target), recipe, 1.0))
         layers[-1].restart()

@@ -52,7 +52,7 @@ def test_a_block_loaded_into_anothers_module_is_that_block(
     after = run_block(module, captured.hidden, working.arguments)
     assert torch.equal(after, run_block(fresh.module, captured.hidden, fresh.arguments))
     assert not torch.equal(after, before)
-    assert all(torch.equal(working.originals[name], layer.weight) for name, layer in blocks[2].linears().items())
+    assert all(torch.equal(working.wanted[name], layer.weight) for name, layer in blocks[2].linears().items())
 
 
 @torch.no_grad()
@@ -64,7 +64,7 @@ def test_what_was_fetched_is_taken_in_place_of_the_blocks_own() -> None:
     fetched = {name: tensor * 2 for name, tensor in blocks[2].module.state_dict().items()}
     working.load(blocks[2], captured.arguments[2], fetched)
     assert all(torch.equal(tensor, fetched[name]) for name, tensor in working.module.state_dict().items())
-    assert all(torch.equal(working.originals[name], fetched[f"{name}.weight"]) for name in working.originals)
+    assert all(torch.equal(working.wanted[name], fetched[f"{name}.weight"]) for name in working.wanted)
 
 
 def test_a_block_leaves_the_arguments_of_others_alone() -> None:

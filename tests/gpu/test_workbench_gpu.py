@@ -36,7 +36,7 @@ def test_a_fetched_block_is_that_block(room: bool, monkeypatch: pytest.MonkeyPat
         fresh = WorkingBlock(blocks[index], captured.arguments[index], GPU, torch.bfloat16)
         for (name, mine), (_, expected) in zip(_tensors(working.module), _tensors(fresh.module), strict=True):
             assert torch.equal(mine, expected), name
-        assert all(torch.equal(working.originals[name], fresh.originals[name]) for name in fresh.originals)
+        assert all(torch.equal(working.wanted[name], fresh.wanted[name]) for name in fresh.wanted)
 
 
 def test_a_block_that_is_fetched_too_late_is_forgotten() -> None:
