@@ -16,7 +16,7 @@ from calibrate.chain import NonFiniteError
 from calibrate.gptq import DAMPING
 from calibrate.input_noise import _Noise, make_up
 from calibrate.workbench import Workbench, WorkingBlock
-from tests.calibrate.exports import llama, save_source
+from tests.calibrate.conftest import FAMILIES, save_tiny
 from vllm_autoround.format import activations
 from vllm_autoround.format.scheme import QuantScheme
 
@@ -109,6 +109,18 @@ def test_what_tells_nothing_of_the_noise_changes_little() -> None:
     assert output_errors(working, inputs, others)["gate_proj"] > 1.2 * before
 
 
+def test_all_parts_of_the_samples_that_are_looked_at_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, inputs = correlated(8, 64), {"gate_proj": MXFP4}
+    whole, parted, fewer = working_block(), working_block(), working_block()
+    make_up(whole, inputs, hidden)
+    monkeypatch.setattr("calibrate.blocks._PART_TOKENS", 2 * 64)
+    make_up(parted, inputs, hidden)
+    torch.testing.assert_close(parted.wanted["gate_proj"], whole.wanted["gate_proj"])
+    monkeypatch.setattr(input_noise, "_TOKENS", 8 * 64)
+    make_up(fewer, inputs, torch.cat([hidden, 100 * torch.randn(4, 64, 64)]))
+    torch.testing.assert_close(fewer.wanted["gate_proj"], whole.wanted["gate_proj"])
+
+
 def test_one_sample_changes_nothing() -> None:
     working = working_block()
     assert make_up(working, {"up_proj": MXFP4}, correlated(1, 256)) == {"up_proj": 0.0}
@@ -151,7 +163,7 @@ def test_what_is_not_finite_is_named() -> None:
 
 @pytest.mark.parametrize("recipe", ["rtn", "gptq", "light"])
 def test_recipes_without_steps_make_up_for_noise(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = save_source(tmp_path / "source", llama())
+    source = save_tiny(tmp_path / "source", FAMILIES["llama"]())
     texts = torch.randint(2, 60, (48, 32), generator=torch.Generator().manual_seed(0)).tolist()
 
     def errors(out: str) -> list[float]:
