@@ -30,5 +30,6 @@ environment() { # environment NAME PACKAGE...
 mkdir -p "$READERS"
 if [ "$READERS" = "$PWD/.readers" ]; then echo '*' >"$READERS/.gitignore"; fi
 environment transformers setuptools wheel "${TRANSFORMERS[@]}"
-environment llamacpp "${LLAMACPP[@]}"
+# Not for this very processor: virtual machines tell of instructions that they do not let programs use.
+CMAKE_ARGS=-DGGML_NATIVE=OFF environment llamacpp "${LLAMACPP[@]}"
 "${VENV:-.venv}/bin/python" -m pytest tests/calibrate/test_readers.py "$@"
