@@ -30,6 +30,7 @@ environment() { # environment NAME PACKAGE...
 mkdir -p "$READERS"
 if [ "$READERS" = "$PWD/.readers" ]; then echo '*' >"$READERS/.gitignore"; fi
 environment transformers setuptools wheel "${TRANSFORMERS[@]}"
-# Not for this very processor: virtual machines tell of instructions that they do not let programs use.
-CMAKE_ARGS=-DGGML_NATIVE=OFF environment llamacpp "${LLAMACPP[@]}"
+# Not for this very processor: some virtual machines tell of instructions that they do not let programs use. Nor from
+# pip's cache, which may have it from before.
+CMAKE_ARGS=-DGGML_NATIVE=OFF environment llamacpp --no-cache-dir "${LLAMACPP[@]}"
 "${VENV:-.venv}/bin/python" -m pytest tests/calibrate/test_readers.py "$@"
