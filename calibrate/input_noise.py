@@ -27,6 +27,7 @@ from calibrate.workbench import WorkingBlock
 
 _FEATURES = 4096  # of an input that make up for each other
 _TOKENS = 65_536  # that are looked at
+_AT_ONCE = 4096  # of these tokens; quantizing takes several times the memory of an input
 _JUDGES = 8  # one sample in so many chooses t
 
 
@@ -139,8 +140,13 @@ def _watch(
     record: Callable[[str, Tensor], None],
 ) -> None:
     """Show ``record`` what these layers are fed, [tokens, K], before they quantize it; all layers do."""
+
+    def show(name: str, x: Tensor) -> None:
+        for tokens in x.split(_AT_ONCE):
+            record(name, tokens)
+
     mask = None if real is None else real[samples]
     with working.quantized_inputs(inputs):
         for part, counted in masked_parts(hidden[samples], mask):
-            with watched_inputs(working.module, names, record, real=counted):
+            with watched_inputs(working.module, names, show, real=counted):
                 run_block(working.module, part.to(working.device), working.arguments)

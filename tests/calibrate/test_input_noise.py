@@ -114,6 +114,7 @@ def test_all_parts_of_the_samples_that_are_looked_at_count(monkeypatch: pytest.M
     whole, parted, fewer = working_block(), working_block(), working_block()
     make_up(whole, inputs, hidden)
     monkeypatch.setattr("calibrate.blocks._PART_TOKENS", 2 * 64)
+    monkeypatch.setattr(input_noise, "_AT_ONCE", 100)
     make_up(parted, inputs, hidden)
     torch.testing.assert_close(parted.wanted["gate_proj"], whole.wanted["gate_proj"])
     monkeypatch.setattr(input_noise, "_TOKENS", 8 * 64)
