@@ -55,7 +55,7 @@ class Recipe:
     @property
     def weighs_pairs(self) -> bool:
         """Whether scales or values are found by the second moments of the layers' inputs, and weights are made to suit
-        inputs that are quantized. Steps leave nothing of that to gain."""
+        quantized inputs where scales leave little to find: without steps."""
         return not self.iters and (self.scale_search or self.gptq)
 
     def learning_rate(self, step: int) -> float:

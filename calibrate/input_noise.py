@@ -5,21 +5,22 @@ in x^, for features tell of each other. With H = x^^T x^ and D = n^T x^, sums ov
 
     A = W D (H + damping)^-1
 
-is what a weight can add to make up for n: W + A is the least squares solution on the tokens of these sums. Features are
-taken in blocks, so that H asks for neither many tokens nor much time. On few tokens A fits these and no others; so
-W + t A is taken, t from 0 to 1, with the t that suits a layer's outputs on other tokens best.
+is what a weight can add to make up for n: W + A is the damped least squares solution on these tokens. More features
+than a block holds are solved for block by block, so that H asks for neither many tokens nor much time. On few tokens A
+fits these and no others; so W + t A is taken, t from 0 to 1, with the t that suits a layer's outputs on others best.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
 
 from calibrate.activations import QuantizedInput, token_products, watched_inputs
-from calibrate.blocks import masked_parts, run_block
+from calibrate.blocks import run_block
 from calibrate.chain import NonFiniteError
 from calibrate.gptq import DAMPING
 from calibrate.layer_schemes import fused_groups
@@ -27,7 +28,7 @@ from calibrate.workbench import WorkingBlock
 
 _FEATURES = 4096  # of an input that make up for each other
 _TOKENS = 65_536  # that are looked at
-_AT_ONCE = 4096  # of these tokens; quantizing takes several times the memory of an input
+_AT_ONCE = 4096  # of these tokens; quantizing takes 24 bytes a value
 _JUDGES = 8  # one sample in so many chooses t
 
 
@@ -47,7 +48,7 @@ def make_up(
     Raises:
         NonFiniteError: an input that is not finite; names the layer.
     """
-    samples = min(len(hidden), -(-_TOKENS // hidden.shape[1]))
+    samples = _enough(hidden, real)
     fit = samples - max(1, samples // _JUDGES)
     if fit == 0:
         return dict.fromkeys(inputs, 0.0)
@@ -70,16 +71,16 @@ def make_up(
     leader = _leaders(inputs)
     _watch(working, inputs, set(leader.values()), hidden, real, slice(fit), observe)
     changes = {name: seen[leader[name]].change(working.wanted[name]) for name in inputs}
-    for name, change in changes.items():
-        if not change.isfinite().all():
-            raise NonFiniteError(f"{name}: an input is not finite")
     _watch(working, inputs, inputs, hidden, real, slice(fit, samples), judge)
     shares = {}
     for name, change in changes.items():
-        # The squared error falls by 2 t slope - t^2 curve; NaN if nothing but zeros was fed.
+        # The squared error falls by 2 t slope - t^2 curve.
         slope, curve = sums[name].tolist()
+        if not (isfinite(slope) and isfinite(curve)):
+            raise NonFiniteError(f"{name}: an input is not finite")
         shares[name] = min(max(slope / curve, 0.0), 1.0) if curve > 0 else 0.0
-        working.wanted[name].add_(change, alpha=shares[name])
+        if shares[name]:
+            working.wanted[name].add_(change, alpha=shares[name])
     return shares
 
 
@@ -105,14 +106,23 @@ class _Noise:
         torch._foreach_add_(self.cross, other.cross)
 
     def change(self, weight: Tensor) -> Tensor:
-        """A [N, K] float32 for a weight W [N, K]."""
+        """A [N, K] float32 for a weight W [N, K]; 0 for features whose H, rounded, is no sum of squares."""
         changes = []
         for w, h, d in zip(weight.split(_FEATURES, dim=1), self.second_moments, self.cross, strict=True):
             damped = h.double()
             damped.diagonal().add_(DAMPING * damped.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny))
-            factor, _ = torch.linalg.cholesky_ex(damped)
-            changes.append(torch.cholesky_solve((w.float() @ d).T.double(), factor).T.float())
+            factor, failed = torch.linalg.cholesky_ex(damped)
+            change = torch.cholesky_solve((w.float() @ d).T.double(), factor).T.float()
+            # Not finite, it stays so: the outputs then tell.
+            changes.append(torch.where((failed > 0) & h.isfinite().all(), 0.0, change))
         return torch.cat(changes, dim=1)
+
+
+def _enough(hidden: Tensor, real: Tensor | None) -> int:
+    """How many samples of [S, T, H] have `_TOKENS` that count; all, if these have fewer."""
+    samples, tokens = hidden.shape[:2]
+    counted = torch.full((samples,), tokens) if real is None else real.sum(1)
+    return min(samples, int((counted.cumsum(0) < _TOKENS).sum()) + 1)
 
 
 def _parted(x: Tensor, how: QuantizedInput) -> tuple[Tensor, Tensor]:
@@ -140,13 +150,10 @@ def _watch(
     record: Callable[[str, Tensor], None],
 ) -> None:
     """Show ``record`` what these layers are fed, [tokens, K], before they quantize it; all layers do."""
-
-    def show(name: str, x: Tensor) -> None:
-        for tokens in x.split(_AT_ONCE):
-            record(name, tokens)
-
-    mask = None if real is None else real[samples]
+    at_once = max(1, _AT_ONCE // hidden.shape[1])
+    parts = hidden[samples].split(at_once)
+    masks = [None] * len(parts) if real is None else real[samples].split(at_once)
     with working.quantized_inputs(inputs):
-        for part, counted in masked_parts(hidden[samples], mask):
-            with watched_inputs(working.module, names, show, real=counted):
+        for part, mask in zip(parts, masks, strict=True):
+            with watched_inputs(working.module, names, record, real=mask):
                 run_block(working.module, part.to(working.device), working.arguments)

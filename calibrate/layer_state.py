@@ -24,7 +24,7 @@ from vllm_autoround.format.weights import QuantizedWeight
 class LayerReport:
     """What tuning did to one layer."""
 
-    weight_error: float  # squared error of the dequantized weight over the squared weight
+    weight_error: float  # squared error of the dequantized weight over the square of what it is to come near
     moved: float  # share of the values that differ from where tuning started
     scale_min: float
     scale_max: float

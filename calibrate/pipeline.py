@@ -196,10 +196,13 @@ def _calibrate_block(
         statistics = _statistics(working, schemes, quantized, plan, config.tuning)
     inputs = quantized_inputs_of(schemes, statistics)
     made_up = dict[str, float]()
-    if config.tuning.weighs_pairs and inputs:
+    if config.tuning.weighs_pairs:
         seen = slice(len(quantized) - plan.heldout)
+        real = None if plan.real is None else plan.real[seen]
+        # Where scales are found for whole rows, this gains nothing more.
+        noisy = {name: made for name, made in inputs.items() if not descends(schemes[name].weights)}
         with clock.phase("input noise"):
-            made_up = make_up(working, inputs, quantized[seen], None if plan.real is None else plan.real[seen])
+            made_up = make_up(working, noisy, quantized[seen], real) if noisy else {}
     with working.quantized_inputs(inputs):
         tuned = tune_block(
             working,

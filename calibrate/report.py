@@ -37,7 +37,7 @@ class BlockReport:
     start_loss: float  # of the objective
     tuned_loss: float
     in_fp8: bool  # the matrix products of its steps' backward passes; of MXFP4 layers all, after tuning too
-    made_up: dict[str, float]  # by layer, how far its weights make up for the noise in its inputs: t of `input_noise`
+    made_up: dict[str, float]  # by layer, how far its weight makes up for the noise in its input: t of `input_noise`
     kept_start: bool  # tuning made the objective worse
     final_loss: float | None  # of the objective, on the samples of the last step; None without tuning
     seconds: float

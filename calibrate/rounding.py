@@ -105,7 +105,7 @@ class Gradients:
 class Target:
     """What one layer's rounding is learned for."""
 
-    weight: Tensor  # W [N, K], the original; scales and dequantized weights are rounded to its dtype
+    weight: Tensor  # W [N, K], see `WorkingBlock.wanted`; scales and dequantized weights are rounded to its dtype
     bounds: Bounds  # wmin and wmax, [R, C] float32 each
     type: WeightType
     global_scale: Tensor | None = None  # [1] float32

@@ -21,10 +21,11 @@ LLAMACPP=(llama-cpp-python==0.3.36)
 environment() { # environment NAME PACKAGE...
     local venv=$READERS/$1
     shift
-    if [ "$(cat "$venv/made" 2>/dev/null)" = "$*" ]; then return; fi
-    test -d "$venv" || "${PYTHON:-python3}" -m venv "$venv"
+    local stamp="${CMAKE_ARGS:-} $*"
+    if [ "$(cat "$venv/made" 2>/dev/null)" = "$stamp" ]; then return; fi
+    "${PYTHON:-python3}" -m venv --clear "$venv"
     "$venv/bin/python" -m pip install --quiet ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} "$@"
-    echo "$*" >"$venv/made"
+    echo "$stamp" >"$venv/made"
 }
 
 mkdir -p "$READERS"

@@ -113,8 +113,7 @@ def test_all_parts_of_the_samples_that_are_looked_at_count(monkeypatch: pytest.M
     hidden, inputs = correlated(8, 64), {"gate_proj": MXFP4}
     whole, parted, fewer = working_block(), working_block(), working_block()
     make_up(whole, inputs, hidden)
-    monkeypatch.setattr("calibrate.blocks._PART_TOKENS", 2 * 64)
-    monkeypatch.setattr(input_noise, "_AT_ONCE", 100)
+    monkeypatch.setattr(input_noise, "_AT_ONCE", 3 * 64)
     make_up(parted, inputs, hidden)
     torch.testing.assert_close(parted.wanted["gate_proj"], whole.wanted["gate_proj"])
     monkeypatch.setattr(input_noise, "_TOKENS", 8 * 64)
@@ -143,23 +142,61 @@ def test_layers_that_are_fused_but_quantize_differently_have_noise_of_their_own(
         torch.testing.assert_close(together.wanted[name], alone[name].wanted[name])
 
 
-def test_padding_counts_for_nothing() -> None:
-    hidden, inputs = correlated(8, 64), {"gate_proj": MXFP4}
+@pytest.mark.parametrize("most", [8 * 64, 6 * 64])  # tokens that count
+def test_padding_counts_for_nothing(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(input_noise, "_TOKENS", most)
+    hidden = correlated(8, 64)
     padded = torch.cat([hidden, 100 * torch.randn(8, 16, 64)], 1)
     real = torch.arange(80).expand(8, 80) < 64
-    plain, masked = working_block(), working_block()
-    make_up(plain, inputs, hidden)
-    make_up(masked, inputs, padded, real)
+    plain, masked, careless = (working_block() for _ in range(3))
+    make_up(plain, {"gate_proj": MXFP4}, hidden)
+    make_up(masked, {"gate_proj": MXFP4}, padded, real)
+    make_up(careless, {"gate_proj": MXFP4}, padded)
     torch.testing.assert_close(masked.wanted["gate_proj"], plain.wanted["gate_proj"])
-    make_up(masked, inputs, padded)
-    assert not torch.allclose(masked.wanted["gate_proj"], plain.wanted["gate_proj"], atol=1e-3)
+    assert not torch.allclose(careless.wanted["gate_proj"], plain.wanted["gate_proj"], atol=1e-3)
 
 
-def test_what_is_not_finite_is_named() -> None:
-    hidden = correlated(8, 64)
-    hidden[2, 3, 5] = torch.inf
+@pytest.mark.parametrize("scheme", ["MXFP4", "FP8_STATIC", "FP8_DYNAMIC"])
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+@pytest.mark.parametrize("sample", [2, 7])  # of those that A is fitted to, and of those that choose t
+def test_what_is_not_finite_is_named(sample: int, value: float, scheme: str) -> None:
+    working, hidden = working_block(), correlated(8, 64)
+    schemes = {"up_proj": QuantScheme.parse(scheme)}
+    inputs = quantized_inputs_of(schemes, observe_inputs(working.module, schemes, hidden, {}))
+    hidden[sample, 3, 5] = value
     with pytest.raises(NonFiniteError, match="up_proj: an input is not finite"):
-        make_up(working_block(), {"up_proj": MXFP4}, hidden)
+        make_up(working, inputs, hidden)
+
+
+def test_moments_that_are_no_sum_of_squares_change_nothing() -> None:
+    """As rounding may leave them."""
+    x, weight = correlated(1, 400)[0], torch.randn(24, 64)
+    noise = _Noise.of(x, MXFP4)
+    noise.second_moments[0][:2, :2] = torch.tensor([[1.0, 1e6], [1e6, 1.0]])
+    assert not noise.change(weight).any()
+
+
+def test_held_out_samples_and_padding_are_not_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_tiny(tmp_path / "source", FAMILIES["llama"]())
+    texts = [[5] * (8 + sample) for sample in range(32)]
+    seen = []
+
+    def spy(_: Any, inputs: dict[str, QuantizedInput], hidden: Tensor, real: Tensor) -> dict[str, float]:
+        seen.append((list(inputs), len(hidden), real.sum(1).tolist()))
+        return {}
+
+    monkeypatch.setattr("calibrate.pipeline.make_up", spy)
+    settings: dict[str, Any] = {"scheme": "MXFP4", "layers": {"v_proj": "NVFP4", "o_proj": "W4A16G32"}, "recipe": "rtn"}
+    report = calibrate(
+        source, tmp_path / "out", dataset=texts, nsamples=32, seqlen=40, pad=True, device="cpu", **settings
+    )
+    assert report["heldout_samples"] == 2
+    names = ["self_attn.q_proj", "self_attn.k_proj", *(f"mlp.{name}_proj" for name in ("gate", "up", "down"))]
+    for looked_at, samples, counted in seen:
+        assert looked_at == names  # NVFP4 finds its scales for whole rows
+        assert samples == len(counted) == 30
+        assert len(set(counted)) == 30
+        assert set(counted) < set(range(8, 41))
 
 
 @pytest.mark.parametrize("recipe", ["rtn", "gptq", "light"])
