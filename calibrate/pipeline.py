@@ -199,7 +199,7 @@ def _calibrate_block(
     if config.tuning.weighs_pairs:
         seen = slice(len(quantized) - plan.heldout)
         real = None if plan.real is None else plan.real[seen]
-        # Where scales are found for whole rows, this gains nothing more.
+        # Where there are many scales to choose from, it was found to gain no divergence (benchmarks/NOTES.md).
         noisy = {name: made for name, made in inputs.items() if not descends(schemes[name].weights)}
         with clock.phase("input noise"):
             made_up = make_up(working, noisy, quantized[seen], real) if noisy else {}
