@@ -40,7 +40,7 @@ class Recipe:
     scale_lr: float = 1.0  # of the scales, relative to their weights' rate
     momentum: float = 0.0  # share of the running mean of the gradients that a step keeps
     optimizer: Optimizer = "signsgd"  # adamw: with torch's betas, not ``momentum``
-    tuning_precision: Precision = "bf16"  # of the products in a step's backward pass, of MXFP4 layers in every pass
+    tuning_precision: Precision = "bf16"  # of a step's matrix products; auto: in the forward pass those of MXFP4 only
     scale_search: bool = False  # start from the best scales of a grid; else from the full range
     kl_last_block: bool = False  # tune the last block on the model's output distribution; else on its hidden states
     gptq: bool = False  # without steps: round by GPTQ and coordinate descent; else to nearest

@@ -5,11 +5,17 @@ the tensor cores in their fast way, less precise than float32 (`torch._scaled_mm
 their largest magnitude, weights by one that the caller knows them to stay below. A step of sign descent asks for the
 sign of a sum over many tokens, which the rounding of single factors hardly moves.
 
-The forward product is that of the factors as they are. e4m3 would round W^ about as much as 4 bits do, and, unlike
-noise in a gradient, always to the same side: tuning would learn to make up for what no one will serve. But if weights
-and inputs are MXFP4, e4m3 rounds nothing: two significant bits times a power of two fit, if each row has a scale that
-is a power of two. Only what is below 2^-16 of the most that its row holds (of a weight: may hold) can be rounded, by
-2^-18 of that. So these layers are multiplied in FP8 forward as well, and summed in the precise way.
+The forward product is another matter. e4m3 rounds W^ about as much as 4 bits do, and to nearest it would do so to the
+same side in every step: tuning would learn to make up for what no one will serve. So there are three ways.
+
+- The factors as they are (`fp8_linear`).
+- In FP8 with dither (`dithered_fp8_linear`): a value is rounded up in a share of the steps, the larger the nearer it is
+  to the value above, so that what rounding does averages out over the steps, and nothing is left to learn.
+- In FP8 if weights and inputs are MXFP4 (`exact_fp8_linear`), for which e4m3 rounds nothing: two significant bits times
+  a power of two fit, if each row has a scale that is a power of two. Only what is below 2^-16 of the most that its row
+  holds (of a weight: may hold) can be rounded, by 2^-18 of that.
+
+Forward products in FP8 are summed in the precise way.
 """
 
 from __future__ import annotations
@@ -30,6 +36,8 @@ from vllm_autoround.format.weights import Mx
 _E4M3 = torch.float8_e4m3fn
 _HIGHEST = torch.finfo(_E4M3).max
 _TOP_POWER_INVERSE = 2.0**-8  # of the power of two at or below `_HIGHEST`
+_DROPPED_BITS = 20  # of the mantissa of float32, which has 23, in e4m3
+_GOLDEN = 2654435769  # 2^32 over the golden ratio: its multiples, modulo 2^32, are spread evenly however many they are
 _LEAST = torch.finfo(torch.float32).tiny
 _CAPABILITY = (8, 9)  # of a GPU: Ada; Hopper and Blackwell are above
 
@@ -41,6 +49,7 @@ class Fp8Products:
     exact: bool  # see `is_exact`
     row_most: Tensor  # [N, 1] float32; while it is tuned, the magnitudes of the weight stay below
     most: Tensor  # scalar float32, the same of all rows
+    step: Tensor | None = None  # [1] int64, which dithers a forward that is not exact; None: such a one is not in FP8
 
 
 def has_fp8(device: torch.device) -> bool:
@@ -70,6 +79,16 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, most: Tensor) -> 
     return out.unflatten(0, x.shape[:-1])  # type: ignore[no-any-return]
 
 
+def dithered_fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, most: Tensor, step: Tensor) -> Tensor:
+    """`fp8_linear`, with the forward product in FP8 as well, of dithered factors.
+
+    Args:
+        step: [1] int64, the number of the step; see `dither`.
+    """
+    out = _DitheredFp8.apply(x.flatten(0, -2), weight, bias, most, step)  # type: ignore[no-untyped-call]
+    return out.unflatten(0, x.shape[:-1])  # type: ignore[no-any-return]
+
+
 def exact_fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, row_most: Tensor, kind: ActivationType) -> Tensor:
     """x [..., K], quantized, times the transpose of an MXFP4 weight [N, K] -> [..., N], and the gradients, all in FP8.
 
@@ -80,7 +99,7 @@ def exact_fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, row_most: T
         kind: how x is quantized, to MXFP4.
     """
     turn = torch.is_grad_enabled() and x.requires_grad
-    out = _Fp8.apply(x.flatten(0, -2), weight, bias, row_most, kind, turn)  # type: ignore[no-untyped-call]
+    out = _ExactFp8.apply(x.flatten(0, -2), weight, bias, row_most, kind, turn)  # type: ignore[no-untyped-call]
     return out.unflatten(0, x.shape[:-1])  # type: ignore[no-any-return]
 
 
@@ -129,6 +148,51 @@ def _(values: Tensor, factor: Tensor, turned_factor: Tensor) -> tuple[Tensor, Te
     return fused_rescaled_both_ways(values, factor, turned_factor)
 
 
+def dither(x: Tensor, step: Tensor) -> Tensor:
+    """[M, K] float32 rounded to the four significant bits of e4m3: up in a share of the steps, by how near up is.
+
+    Every entry begins at a threshold of its own, a hash of its place, which turns by the golden ratio from step to step
+    (an additive recurrence: thresholds of n steps are spread as evenly as n numbers can be, so that the mean over the
+    steps comes near x faster than with random ones). A number that has four bits stays as it is. Subnormals of e4m3,
+    below 2^-6, are still to be rounded, to nearest.
+
+    Args:
+        step: [1] int64, the number of the step.
+    """
+    place = torch.arange(x.numel(), device=x.device).reshape(x.shape)
+    mixed = ((place & 0xFFFFFFFF) * 2654435761) & 0xFFFFFFFF
+    mixed = ((mixed ^ (mixed >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    threshold = ((mixed ^ (mixed >> 15)) + step * _GOLDEN) & 0xFFFFFFFF
+    bits = x.view(torch.int32) + (threshold >> (32 - _DROPPED_BITS)).int()  # sign and magnitude: up is away from zero
+    return (bits & (-1 << _DROPPED_BITS)).view(torch.float32)
+
+
+@torch.library.custom_op("vllm_autoround::dithered_both_ways", mutates_args=())
+def dithered_both_ways(values: Tensor, scale: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """[M, K] over ``scale``, scalar float32 -> [M, K] e4m3, dithered, and [K, M] e4m3, rounded to nearest.
+
+    Both contiguous, and made of one look at the values. What is above the highest value saturates.
+
+    Args:
+        step: [1] int64, see `dither`.
+    """
+    scaled = (values.float() * (1 / scale)).clamp(-_HIGHEST, _HIGHEST)
+    return dither(scaled.contiguous(), step).to(_E4M3), scaled.to(_E4M3).t().contiguous()
+
+
+@dithered_both_ways.register_fake
+def _(values: Tensor, scale: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    return values.new_empty(values.shape, dtype=_E4M3), values.new_empty(values.shape[::-1], dtype=_E4M3)
+
+
+@dithered_both_ways.register_kernel("cuda")
+def _(values: Tensor, scale: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    # Triton, which a CPU may be without.
+    from calibrate.fused_transpose import fused_dithered_both_ways  # noqa: PLC0415
+
+    return fused_dithered_both_ways(values, scale, step)
+
+
 class _Fp8Backward(torch.autograd.Function):
     """[M, K], [N, K] and [N] or None -> [M, N]."""
 
@@ -146,7 +210,25 @@ class _Fp8Backward(torch.autograd.Function):
         return *_gradients(grad, turned_x, turned_weight, bias=needed[2]), None
 
 
-class _Fp8(torch.autograd.Function):
+class _DitheredFp8(torch.autograd.Function):
+    """The same, with a forward product of dithered factors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, most: Tensor, step: Tensor) -> Tensor:
+        x_scale, scale = _scale(x.abs().amax()), _scale(most)
+        # Gradients are products of the factors rounded to nearest: the dither's error in both would add up.
+        x8, turned_x = dithered_both_ways(x.contiguous(), x_scale, step)
+        weight8, turned_weight = dithered_both_ways(weight.contiguous(), scale, step)
+        ctx.save_for_backward(turned_x, x_scale, turned_weight, scale)
+        out = torch._scaled_mm(x8, weight8.t(), scale_a=x_scale, scale_b=scale, out_dtype=x.dtype, use_fast_accum=False)
+        return out if bias is None else out + bias
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return *_saved_gradients(ctx, grad), None, None
+
+
+class _ExactFp8(torch.autograd.Function):
     """The same of factors that e4m3 holds exactly; the first is quantized here. ``turn``: it needs a gradient."""
 
     @staticmethod
@@ -171,11 +253,16 @@ class _Fp8(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        turned_x, x_largest, turned_weight, largest = ctx.saved_tensors
-        needed = ctx.needs_input_grad
-        x = (turned_x, x_largest) if needed[1] else None
-        weight = (turned_weight, largest) if needed[0] else None
-        return *_gradients(grad, x, weight, bias=needed[2]), None, None, None
+        return *_saved_gradients(ctx, grad), None, None, None
+
+
+def _saved_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """`_gradients` of the turned factors and their scales that a forward saved."""
+    turned_x, x_scale, turned_weight, scale = ctx.saved_tensors
+    needed = ctx.needs_input_grad
+    x = (turned_x, x_scale) if needed[1] else None
+    weight = (turned_weight, scale) if needed[0] else None
+    return _gradients(grad, x, weight, bias=needed[2])
 
 
 def _gradients(
@@ -214,9 +301,14 @@ def _turned(factor8: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _to_fp8(x: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
-    """The values over a scale as e4m3, row by row in memory, and the scale, float32 scalar; ``most`` becomes 448."""
-    scale = (most.float() / _HIGHEST).clamp(min=_LEAST)
+    """The values over `_scale` as e4m3, row by row in memory, and the scale."""
+    scale = _scale(most)
     return (x.float() / scale).clamp(-_HIGHEST, _HIGHEST).to(_E4M3).contiguous(), scale
+
+
+def _scale(most: Tensor) -> Tensor:
+    """Float32 scalar, with which ``most`` becomes 448."""
+    return (most.float() / _HIGHEST).clamp(min=_LEAST)
 
 
 def _row_scale(row_most: Tensor) -> Tensor:

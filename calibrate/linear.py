@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calibrate.activations import QuantizedInput
-from calibrate.fp8_matmul import Fp8Products, exact_fp8_linear, fits_fp8, fp8_linear
+from calibrate.fp8_matmul import Fp8Products, dithered_fp8_linear, exact_fp8_linear, fits_fp8, fp8_linear
 
 
 class WorkingLinear(nn.Linear):
@@ -31,6 +31,8 @@ class WorkingLinear(nn.Linear):
             return exact_fp8_linear(input, self.weight, self.bias, fp8.row_most, self.quantized_input.type)
         if self.quantized_input is not None:
             input = _fake_quantize(input, self.quantized_input)
+        if fp8 is not None and fp8.step is not None:
+            return dithered_fp8_linear(input, self.weight, self.bias, fp8.most, fp8.step)
         if fp8 is not None:
             return fp8_linear(input, self.weight, self.bias, fp8.most)
         return F.linear(input, self.weight, self.bias)

@@ -45,7 +45,7 @@ class Steps:
         """
         device = working.device
         self._working, self._layers, self._loss, self._real = working, layers, loss, real
-        self._step = torch.zeros(1, dtype=torch.long, device=device)
+        self._step = working.step
         self._order = torch.zeros(shape, dtype=torch.long, device=device)
         # Filled up to 16 bytes a layer, or Triton would compile for two alignments.
         self._rates = torch.zeros(shape[0], len(layers), 4, device=device)

@@ -67,7 +67,8 @@ class WorkingBlock:
         self._forward = compiled(run_block) if compile else run_block
         self._kept: tuple[Any, Any] | None = None  # key and value
         self._scales: dict[str, Tensor] = {}  # static ones of the layers' inputs
-        self._products: dict[tuple[str, bool], Fp8Products] = {}  # by layer, and whether they are exact
+        self._products: dict[tuple[str, bool, bool], Fp8Products] = {}  # by layer, and how it multiplies
+        self.step = torch.zeros(1, dtype=torch.long, device=device)  # of its tuning, the number of the one that runs
         self._load_wanted(block)
 
     @property
@@ -120,13 +121,17 @@ class WorkingBlock:
             yield
 
     @contextmanager
-    def fp8_matmuls(self, schemes: Mapping[str, QuantScheme]) -> Iterator[None]:
-        """`calibrate.linear.fp8_matmuls` for these layers, in memory that stays where it is."""
+    def fp8_matmuls(self, schemes: Mapping[str, QuantScheme], *, forward: bool = False) -> Iterator[None]:
+        """`calibrate.linear.fp8_matmuls` for these layers, in memory that stays where it is.
+
+        Args:
+            forward: in the forward pass as well, dithered; of layers that are exact in FP8 it always is.
+        """
         products = {}
         for name, scheme in schemes.items():
             rows = MOST_CLIP * self.wanted[name].abs().amax(1, keepdim=True).float()
-            made = Fp8Products(is_exact(scheme), rows, rows.amax())
-            held = self._products.setdefault((name, made.exact), made)
+            made = Fp8Products(is_exact(scheme), rows, rows.amax(), self.step if forward else None)
+            held = self._products.setdefault((name, made.exact, forward), made)
             held.row_most.copy_(made.row_most)
             held.most.copy_(made.most)
             products[name] = held

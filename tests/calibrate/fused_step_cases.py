@@ -205,3 +205,22 @@ def check_both_ways(device: str, shape: tuple[int, int]) -> None:
     got = fused_rescaled_both_ways(values.to(device), factor.to(device), common.to(device))
     for mine, reference in zip(got, expected, strict=True):
         assert torch.equal(mine.cpu().float(), reference.float())
+
+
+def check_dithered(device: str, shape: tuple[int, int]) -> None:
+    """The kernel against the reference in steps early and late, on values that saturate and subnormals too."""
+    from calibrate.fp8_matmul import dithered_both_ways
+    from calibrate.fused_transpose import fused_dithered_both_ways
+
+    generator = torch.Generator().manual_seed(0)
+    values = (torch.randn(shape, generator=generator) * torch.exp2(torch.arange(shape[1]) % 40 - 20.0)).bfloat16()
+    scale = values.abs().max().float() / 600  # the largest ones saturate
+    seen = set()
+    for number in (0, 1, 199, 100_000):
+        step = torch.tensor([number])
+        expected = dithered_both_ways(values, scale, step)
+        got = fused_dithered_both_ways(values.to(device), scale.to(device), step.to(device))
+        for mine, reference in zip(got, expected, strict=True):
+            assert torch.equal(mine.cpu().float(), reference.float())
+        seen.add(tuple(expected[0].float().flatten().tolist()))
+    assert len(seen) == 4

@@ -9,7 +9,14 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from tests.calibrate.fused_step_cases import SOME_TYPES, check, check_both_ways, check_search, check_transpose
+from tests.calibrate.fused_step_cases import (
+    SOME_TYPES,
+    check,
+    check_both_ways,
+    check_dithered,
+    check_search,
+    check_transpose,
+)
 from tests.interpreter import patch_once_a_launch
 from vllm_autoround.format.weights import Float8, Integer, NvFp4, WeightType
 
@@ -90,3 +97,8 @@ def test_the_transpose(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("shape", [(64, 128), (80, 48), (16, 272)])
 def test_both_ways(shape: tuple[int, int]) -> None:
     check_both_ways("cpu", shape)
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (80, 48), (16, 272)])
+def test_dithered(shape: tuple[int, int]) -> None:
+    check_dithered("cpu", shape)

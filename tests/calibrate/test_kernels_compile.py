@@ -81,8 +81,8 @@ def test_what_the_search_carries_from_trial_to_trial() -> None:
     assert loop.partition("iter_args")[2].partition(") ->")[0].count("%") == 2 * 5  # a name and its first value each
 
 
-@pytest.mark.parametrize("both_ways", [False, True])
-def test_the_transpose(both_ways: bool) -> None:
+@pytest.mark.parametrize(("both_ways", "dithered"), [(False, False), (True, False), (True, True)])
+def test_the_transpose(both_ways: bool, dithered: bool) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -94,6 +94,10 @@ def test_the_transpose(both_ways: bool) -> None:
         types |= {"source": "*bf16", "rows8": "*u8", "factor": "*fp32"}
     else:
         tile |= {"rows8": None, "factor": None}
+    if dithered:
+        types |= {"step": "*i64"}
+    else:
+        tile |= {"step": None}
     signature = {name: types.get(name, "constexpr") for name in _turn.arg_names}
     positions = {(_turn.arg_names.index(name),): value for name, value in tile.items()}
     source = ASTSource(fn=_turn, signature=signature, constexprs=positions)

@@ -9,7 +9,7 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
 from calibrate.activations import QuantizedInput
-from calibrate.fp8_matmul import Fp8Products, is_exact
+from calibrate.fp8_matmul import Fp8Products, dither, dithered_both_ways, is_exact
 from calibrate.linear import fp8_matmuls, make_working, quantized_inputs
 from calibrate.rounding import MOST_CLIP
 from vllm_autoround.format import activations
@@ -19,17 +19,23 @@ from vllm_autoround.format.weights import Mx, quantize
 FP8, NVFP4, MXFP4 = activations.FP8_TENSOR, activations.NVFP4, activations.MXFP4
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> None:
+    """Or the tests of this file would share one limit of versions of a forward."""
+    torch._dynamo.reset()
+
+
 def block(*, bias: bool = False) -> nn.Module:
     torch.manual_seed(0)
     return make_working(nn.Sequential(nn.Linear(64, 32, bias=bias), nn.SiLU(), nn.Linear(32, 48, bias=bias)))
 
 
-def products(module: nn.Module, *, exact: bool = False) -> dict[str, Fp8Products]:
+def products(module: nn.Module, *, exact: bool = False, step: torch.Tensor | None = None) -> dict[str, Fp8Products]:
     made = {}
     for name, layer in module.named_modules():
         if isinstance(layer, nn.Linear):
             rows = MOST_CLIP * layer.weight.detach().abs().amax(1, keepdim=True).float()
-            made[name] = Fp8Products(exact, rows, rows.amax())
+            made[name] = Fp8Products(exact, rows, rows.amax(), step)
     return made
 
 
@@ -93,6 +99,79 @@ def test_gradients_in_fp8_are_those_of_rounded_factors(bias: bool) -> None:
         error = (mine - theirs).float().norm() / theirs.float().norm()
         # Each factor is rounded by 2^-4 of itself at most, in the mean by 2.6%; two or more such factors in a row.
         assert 0.01 < error < 0.08, error
+
+
+STEPS = 64
+
+
+def test_dither_is_right_in_the_mean_over_the_steps() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(48, 80) * torch.exp2(torch.randint(-6, 7, (48, 80)))
+    x[0] = torch.tensor([0.0, 1.0, -1.875, 448.0, -448.0]).repeat(16)  # what e4m3 has
+    rounded = torch.stack([dither(x, torch.tensor([step])) for step in range(STEPS)])
+    spacing = torch.exp2(torch.floor(torch.log2(x.abs().clamp(min=2**-60))) - 3)
+    assert torch.equal(rounded[:, 0], x[0].expand(STEPS, -1))
+    assert ((rounded - x).abs() < spacing).all()  # to one of the two neighbours
+    assert (rounded.unique(dim=0).shape[0]) == STEPS
+    # The discrepancy of n multiples of the golden ratio is below (2.2 + ln n) / n (Kuipers and Niederreiter, 2.3).
+    assert ((rounded.double().mean(0) - x).abs() < spacing * (2.2 + torch.tensor(STEPS).log()) / STEPS).all()
+    # In a step, no more rounded up than down.
+    up = (rounded.abs() > x.abs())[:, x.abs() != rounded[0].abs()].float().mean()
+    assert up == pytest.approx(0.5, abs=0.02)
+
+
+def test_dithered_factors_saturate_and_the_turned_ones_are_rounded_to_nearest() -> None:
+    values = torch.tensor([[600.0, -600.0, 1.03, 2.0**-11]]).bfloat16()
+    rows, turned = dithered_both_ways(values, torch.tensor(1.0), torch.tensor([0]))
+    assert rows.float()[0, :2].tolist() == [448, -448]
+    assert turned.float()[:, 0].tolist() == [448, -448, 1, 0]
+    assert rows.dtype == turned.dtype == torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_dithered_product_errs_less_the_more_steps_it_has(bias: bool) -> None:
+    module, step = block(bias=bias).bfloat16(), torch.zeros(1, dtype=torch.long)
+    x = torch.randn(2, 24, 64, dtype=torch.bfloat16, requires_grad=True)
+    seed = torch.randn(2, 24, 48, dtype=torch.bfloat16)
+
+    def run() -> list[torch.Tensor]:
+        out = module(x)
+        return [out.detach(), *torch.autograd.grad(out, [x, *module.parameters()], seed)]
+
+    exact = run()
+    with fp8_matmuls(module, products(module)):
+        backward_only = run()
+    means = [torch.zeros_like(part, dtype=torch.float32) for part in exact]
+    with fp8_matmuls(module, products(module, step=step)):
+        for _ in range(STEPS):
+            parts = run()
+            means = [mean + part.float() / STEPS for mean, part in zip(means, parts, strict=True)]
+            step += 1
+
+    def error(mine: torch.Tensor, theirs: torch.Tensor) -> float:
+        return ((mine - theirs).float().norm() / theirs.float().norm()).item()
+
+    assert 0.03 < error(parts[0], exact[0]) < 0.08  # of two factors in each of two layers
+    # Not more than independent errors would leave, and what bfloat16 does to each product.
+    assert error(means[0], exact[0]) < error(parts[0], exact[0]) / STEPS**0.5 + 2**-8
+    for mine, other, theirs in zip(parts[1:], backward_only[1:], exact[1:], strict=True):
+        assert error(mine, theirs) < 0.02 + 1.5 * error(other, theirs)
+
+
+def test_compiled_code_sees_dither_come_change_and_go() -> None:
+    module, step = block().bfloat16(), torch.zeros(1, dtype=torch.long)
+    x = torch.randn(16, 64, dtype=torch.bfloat16, requires_grad=True)
+    run = torch.compile(module, backend="aot_eager", fullgraph=True)
+    plain, outs = run(x), []
+    for number in (0, 1, 1):
+        step.fill_(number)
+        with fp8_matmuls(module, products(module, step=step)):
+            outs.append(run(x))
+            assert torch.equal(outs[-1], module(x))
+            outs[-1].sum().backward()
+    assert not torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[1], outs[2])
+    assert torch.equal(run(x), plain)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(16, 24), (15, 32), (0, 32)])
