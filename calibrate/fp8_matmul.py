@@ -36,6 +36,7 @@ from vllm_autoround.format.weights import Mx
 _E4M3 = torch.float8_e4m3fn
 _HIGHEST = torch.finfo(_E4M3).max
 _TOP_POWER_INVERSE = 2.0**-8  # of the power of two at or below `_HIGHEST`
+_LEAST_POWER = 2.0**-6  # below it values are as far apart as they are from it to its double
 _DROPPED_BITS = 20  # of the mantissa of float32, which has 23, in e4m3
 _GOLDEN = 2654435769  # 2^32 over the golden ratio: its multiples, modulo 2^32, are spread evenly however many they are
 _LEAST = torch.finfo(torch.float32).tiny
@@ -149,12 +150,11 @@ def _(values: Tensor, factor: Tensor, turned_factor: Tensor) -> tuple[Tensor, Te
 
 
 def dither(x: Tensor, step: Tensor) -> Tensor:
-    """[M, K] float32 rounded to the four significant bits of e4m3: up in a share of the steps, by how near up is.
+    """[M, K] float32, finite and inside, rounded to values of e4m3: up in a share of the steps, by how near up is.
 
     Every entry begins at a threshold of its own, a hash of its place, which turns by the golden ratio from step to step
     (an additive recurrence: thresholds of n steps are spread as evenly as n numbers can be, so that the mean over the
-    steps comes near x faster than with random ones). A number that has four bits stays as it is. Subnormals of e4m3,
-    below 2^-6, are still to be rounded, to nearest.
+    steps comes near x faster than with random ones). What e4m3 has stays as it is.
 
     Args:
         step: [1] int64, the number of the step.
@@ -163,8 +163,11 @@ def dither(x: Tensor, step: Tensor) -> Tensor:
     mixed = ((place & 0xFFFFFFFF) * 2654435761) & 0xFFFFFFFF
     mixed = ((mixed ^ (mixed >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     threshold = ((mixed ^ (mixed >> 15)) + step * _GOLDEN) & 0xFFFFFFFF
-    bits = x.view(torch.int32) + (threshold >> (32 - _DROPPED_BITS)).int()  # sign and magnitude: up is away from zero
-    return (bits & (-1 << _DROPPED_BITS)).view(torch.float32)
+    moved = torch.where(x.abs() < _LEAST_POWER, x.sign() * _LEAST_POWER, 0.0)  # to where the spacing is the bits'
+    bits = (x + moved).view(torch.int32) + (
+        threshold >> (32 - _DROPPED_BITS)
+    ).int()  # sign and magnitude: up is outwards
+    return (bits & (-1 << _DROPPED_BITS)).view(torch.float32) - moved
 
 
 @torch.library.custom_op("vllm_autoround::dithered_both_ways", mutates_args=())
@@ -174,6 +177,7 @@ def dithered_both_ways(values: Tensor, scale: Tensor, step: Tensor) -> tuple[Ten
     Both contiguous, and made of one look at the values. What is above the highest value saturates.
 
     Args:
+        values: finite; of those that are not the scale has to tell.
         step: [1] int64, see `dither`.
     """
     scaled = (values.float() * (1 / scale)).clamp(-_HIGHEST, _HIGHEST)

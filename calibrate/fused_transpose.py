@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from calibrate.kernel_parts import clamp
+from calibrate.kernel_parts import clamp, sign
 
 _ROWS, _COLUMNS = 64, 128  # of a tile
 
@@ -80,4 +80,6 @@ def _dither(x, place, step):
     mixed = place.to(tl.uint32) * 2654435761
     mixed = (mixed ^ (mixed >> 16)) * 0x7FEB352D
     threshold = (mixed ^ (mixed >> 15)) + step.to(tl.uint32) * 2654435769
-    return ((x.to(tl.uint32, bitcast=True) + (threshold >> 12)) & 0xFFF00000).to(tl.float32, bitcast=True)
+    moved = tl.where(tl.abs(x) < 0.015625, sign(x) * 0.015625, 0.0)
+    bits = (x + moved).to(tl.uint32, bitcast=True) + (threshold >> 12)
+    return (bits & 0xFFF00000).to(tl.float32, bitcast=True) - moved

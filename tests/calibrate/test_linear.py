@@ -106,18 +106,19 @@ STEPS = 64
 
 def test_dither_is_right_in_the_mean_over_the_steps() -> None:
     torch.manual_seed(0)
-    x = torch.randn(48, 80) * torch.exp2(torch.randint(-6, 7, (48, 80)))
-    x[0] = torch.tensor([0.0, 1.0, -1.875, 448.0, -448.0]).repeat(16)  # what e4m3 has
+    x = torch.randn(48, 80) * torch.exp2(torch.randint(-10, 7, (48, 80)))
+    x[0] = torch.tensor([0.0, 1.0, -1.875, 448.0, -(2.0**-9)]).repeat(16)  # what e4m3 has
     rounded = torch.stack([dither(x, torch.tensor([step])) for step in range(STEPS)])
-    spacing = torch.exp2(torch.floor(torch.log2(x.abs().clamp(min=2**-60))) - 3)
+    spacing = torch.exp2(torch.floor(torch.log2(x.abs().clamp(min=2**-6))) - 3)
+    assert torch.equal(rounded.to(torch.float8_e4m3fn).float(), rounded)
     assert torch.equal(rounded[:, 0], x[0].expand(STEPS, -1))
     assert ((rounded - x).abs() < spacing).all()  # to one of the two neighbours
     assert (rounded.unique(dim=0).shape[0]) == STEPS
-    # The discrepancy of n multiples of the golden ratio is below (2.2 + ln n) / n (Kuipers and Niederreiter, 2.3).
+    # For the golden ratio n times the discrepancy of n multiples was found to be below 2.2 + ln n wherever tried.
     assert ((rounded.double().mean(0) - x).abs() < spacing * (2.2 + torch.tensor(STEPS).log()) / STEPS).all()
-    # In a step, no more rounded up than down.
-    up = (rounded.abs() > x.abs())[:, x.abs() != rounded[0].abs()].float().mean()
-    assert up == pytest.approx(0.5, abs=0.02)
+    # And over the entries in every step, up to four deviations of as many tosses of a coin.
+    up, due = (rounded.abs() > x.abs()).float().mean((1, 2)), (x.abs() / spacing % 1).mean()
+    assert ((up - due).abs() < 4 * 0.5 / x.numel() ** 0.5).all()
 
 
 def test_dithered_factors_saturate_and_the_turned_ones_are_rounded_to_nearest() -> None:
