@@ -108,18 +108,18 @@ def test_a_forward_in_fp8_is_not_learned_into_the_weights(monkeypatch: pytest.Mo
         return (a.float() @ b.float() * (scale_a * scale_b)).to(out_dtype)
 
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)  # torch's own for CPUs takes seconds
-    recipe = replace(PLAIN, momentum=0.5, scale_search=True)
-    exact, _, _ = tune(100, "W4A16G32", recipe=recipe)
-    recipe = replace(recipe, tuning_precision="fp8")
-    dithered, _, _ = tune(100, "W4A16G32", recipe=recipe)
+    in_bf16 = replace(PLAIN, momentum=0.5, scale_search=True)
+    in_fp8 = replace(in_bf16, tuning_precision="fp8")
+
+    def errors(recipe: Recipe) -> Tensor:
+        return torch.tensor([tune(iters, "W4A16G32", recipe=recipe)[0].tuned.error for iters in (100, 130, 160, 200)])
+
+    exact, dithered = errors(in_bf16), errors(in_fp8)
     monkeypatch.setattr("calibrate.fp8_matmul.dither", lambda x, _: x)  # so rounded to nearest
-    nearest, _, _ = tune(100, "W4A16G32", recipe=recipe)
-    assert dithered.in_fp8
-    assert not exact.in_fp8
-    assert dithered.tuned.error != exact.tuned.error
-    # Measured: .95 and 1.2.
-    assert dithered.tuned.error < 1.05 * exact.tuned.error
-    assert nearest.tuned.error > 1.1 * exact.tuned.error
+    nearest = errors(in_fp8)
+    # Measured: 1.02 and 1.23, single ones of the former from .93 to 1.13.
+    assert (dithered / exact).mean() < 1.1
+    assert (nearest / exact).mean() > 1.15
 
 
 def test_a_searched_scale_is_a_better_start_and_momentum_works_from_it() -> None:
