@@ -122,6 +122,16 @@ def test_a_forward_in_fp8_is_not_learned_into_the_weights(monkeypatch: pytest.Mo
     assert (nearest / exact).mean() > 1.15
 
 
+def test_a_forward_of_fine_weights_is_not_in_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr("calibrate.fp8_matmul.dither", lambda x, _: calls.append(x.shape) or x)
+    recipe = replace(PLAIN, tuning_precision="fp8")
+    tune(1, "W8A16G32", recipe=recipe)
+    assert not calls
+    tune(1, "W4A16G32", recipe=recipe)
+    assert calls
+
+
 def test_a_searched_scale_is_a_better_start_and_momentum_works_from_it() -> None:
     plain, _, _ = tune(0, "W2A16G32")
     searched, _, _ = tune(0, "W2A16G32", recipe=replace(PLAIN, scale_search=True))
