@@ -30,7 +30,7 @@ from torch import Tensor
 
 from vllm_autoround.format import activations
 from vllm_autoround.format.activations import ActivationType
-from vllm_autoround.format.grids import power_of_two
+from vllm_autoround.format.grids import E4M3, power_of_two
 from vllm_autoround.format.scheme import QuantScheme
 from vllm_autoround.format.weights import Mx
 
@@ -38,8 +38,8 @@ _E4M3 = torch.float8_e4m3fn
 _HIGHEST = torch.finfo(_E4M3).max
 _TOP_POWER_INVERSE = 2.0**-8  # of the power of two at or below `_HIGHEST`
 _DITHERED_BITS = 4  # of weights; with 6 a block of a tiny model had 1.3 times the error, with 8 more than at its start
-_LEAST_POWER = 2.0**-6  # below it values are as far apart as they are from it to its double
-_DROPPED_BITS = 20  # of the mantissa of float32, which has 23, in e4m3
+_LEAST_POWER = 2.0**E4M3.min_exponent  # below it values are as far apart as they are from it to its double
+_DROPPED_BITS = 23 - E4M3.mantissa_bits  # of the mantissa of float32
 _GOLDEN = 2654435769  # 2^32 over the golden ratio: its multiples, modulo 2^32, are spread evenly however many they are
 _LEAST = torch.finfo(torch.float32).tiny
 _CAPABILITY = (8, 9)  # of a GPU: Ada; Hopper and Blackwell are above
