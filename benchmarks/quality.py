@@ -170,12 +170,12 @@ def _rows(args: argparse.Namespace, contest: Contest) -> Iterator[Row]:
                     yield contest.ours(scheme, seed, _samples(args, contest, seed, recipe), name, recipe)
             for iters in args.peer_iters:
                 if iters or seed == args.seeds[0]:
-                    samples = _samples(args, contest, seed, replace(_PEER, nsamples=args.nsamples))
+                    samples = _samples(args, contest, seed, replace(_PEER, nsamples=args.nsamples or _PEER.nsamples))
                     yield contest.peer(scheme, seed, samples, iters)
 
 
 def _samples(args: argparse.Namespace, contest: Contest, seed: int, recipe: Recipe) -> Tensor:
-    """[S, T] token ids; S is the recipe's where that is more than --nsamples."""
+    """[S, T] token ids."""
     return load_samples(
         str(args.calib),
         contest.tokenizer,
@@ -187,12 +187,10 @@ def _samples(args: argparse.Namespace, contest: Contest, seed: int, recipe: Reci
 
 
 def _recipes(args: argparse.Namespace) -> dict[str, Recipe]:
-    """Every recipe in every precision of its steps, on as many samples as it takes and this run has at least."""
+    """Every recipe in every precision of its steps, with this run's tokens a sample, and its samples if it has some."""
     recipes = {}
     for text in args.recipes:
-        plain = base_of(text)
-        nsamples = args.nsamples if plain.nsamples == 128 else max(args.nsamples, plain.nsamples)
-        recipe = recipe_of(text, nsamples=nsamples, seqlen=args.seqlen)
+        recipe = recipe_of(text, nsamples=args.nsamples or base_of(text).nsamples, seqlen=args.seqlen)
         for precision in args.precisions if recipe.iters and args.precisions else [recipe.tuning_precision]:
             label = f"{text} {precision}" if recipe.iters and args.precisions else text
             recipes[label] = replace(recipe, tuning_precision=precision)
@@ -257,7 +255,7 @@ def _parse() -> argparse.Namespace:
     what.add_argument("--seeds", type=int, nargs="+", default=[42], help="one tuned checkpoint each (default: 42)")
     what.add_argument("--limit", type=int, metavar="N", help="at most N windows and N problems: a smoke run")
     how = parser.add_argument_group("how")
-    how.add_argument("--nsamples", type=int, default=128, metavar="N", help="at least (default: %(default)s)")
+    how.add_argument("--nsamples", type=int, metavar="N", help="default: the recipe's")
     how.add_argument("--seqlen", type=int, default=1024, metavar="N", help="tokens a sample (default: %(default)s)")
     how.add_argument("--device", default="auto", help="default: %(default)s")
     how.add_argument("--batch-size", type=int, default=250, metavar="N", help="problems at once (default: %(default)s)")

@@ -48,8 +48,7 @@ class _How:
 
     graphed: bool = False
     compiled: bool = False
-    fp8: bool = False  # in the backward pass
-    fp8_forward: bool = False
+    fp8: bool = False
 
 
 _FASTEST = _How(graphed=True, compiled=True)
@@ -71,8 +70,7 @@ def main() -> int:
                 {"what": "floor", "compiled": compiled, "batch": batch, "ms": _time_floor(shape, batch, compiled)}
             )
         for scheme in args.step_schemes:
-            in_fp8 = replace(_FASTEST, fp8=True)
-            for how in (_How(), _How(graphed=True), _FASTEST, in_fp8, replace(in_fp8, fp8_forward=True)):
+            for how in (_How(), _How(graphed=True), _FASTEST, replace(_FASTEST, fp8=True)):
                 rows.append(_time_step(scheme, shape, batch, how))
                 print(rows[-1], flush=True)
     payload = {"shape": args.shape, "seqlen": _SEQLEN, "copy_ms": copied, "updates": updates, "steps": rows}
@@ -81,7 +79,7 @@ def main() -> int:
         peak = f"{row['peak_gib']:.2f}" if "peak_gib" in row else "-"
         print(
             f"{row['what']:<12}{row['batch']:>6}{row.get('graphed', '-')!s:>7}{row['compiled']!s:>9}"
-            f"{'all' if row.get('fp8_forward') else row.get('fp8', '-')!s:>7}{row['ms']:>9.2f}{peak:>9}"
+            f"{row.get('fp8', '-')!s:>7}{row['ms']:>9.2f}{peak:>9}"
         )
         if "kernels" in row:
             print("".join(f"{kind:>24} {time:.2f}" for kind, time in row["kernels"]["kinds"].items()))
@@ -127,7 +125,7 @@ def _time_step(scheme: str, shape: BlockShape, batch: int, how: _How) -> dict[st
     with (
         mock.patch.object(steps, "GRAPHED", how.graphed),
         working.quantized_inputs(inputs),
-        working.fp8_matmuls(dict.fromkeys(block.linears(), quant) if how.fp8 else {}, forward=how.fp8_forward),
+        working.fp8_matmuls(dict.fromkeys(block.linears(), quant) if how.fp8 else {}),
     ):
         working.module.requires_grad_(False)
         layers = []

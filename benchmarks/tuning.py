@@ -33,8 +33,9 @@ from benchmarks.evaluation import forget, most_levels
 from benchmarks.peer import run_auto_round, synchronize
 from benchmarks.provenance import RESULTS, write_result
 from benchmarks.shapes import SHAPES, BlockShape
+from benchmarks.variants import HELP, recipe_of, variant
 from calibrate.blocks import capture_inputs, copy_arguments, find_blocks, run_block, to_device
-from calibrate.config import RECIPES, Precision, Recipe
+from calibrate.config import Precision, Recipe
 from calibrate.plan import compute_dtype, resolve_device
 from calibrate.workbench import WorkingBlock
 from vllm_autoround.format.reader import dequantized_state_dict
@@ -86,7 +87,7 @@ class Race:
                 self.model,
                 Path(folder) / "ours",
                 scheme=scheme,
-                dataset=self.samples.tolist(),
+                dataset=self.samples[: recipe.nsamples].tolist(),
                 device=str(self.device),
                 seed=_SEED,
                 **asdict(recipe),
@@ -122,7 +123,7 @@ class Race:
             run = run_auto_round(
                 self.model,
                 Path(folder),
-                self.samples,
+                self.samples[: recipe.nsamples],
                 scheme=f"W{kind.bits}A16" if integer else scheme,
                 group_size=(kind.group_size or -1) if integer else None,
                 symmetric=kind.symmetric,
@@ -145,14 +146,13 @@ def main() -> int:
     args = _parse()
     device = resolve_device(args.device)
     recipes = {
-        f"{name} {precision}" if args.precisions else name: _scaled(
-            replace(RECIPES[name], tuning_precision=precision or RECIPES[name].tuning_precision), args
-        )
-        for precision in args.precisions or [None]
-        for name in args.recipes
+        f"{text} {precision}" if args.precisions else text: replace(recipe, tuning_precision=precision)
+        for text in args.recipes
+        for recipe in [_scaled(recipe_of(text, **_lengths(args)), args)]
+        for precision in args.precisions or [recipe.tuning_precision]
     }
-    peer = _scaled(_PEER, args)
-    samples = _random_tokens(args.nsamples, args.seqlen)
+    peer = _scaled(replace(_PEER, **_lengths(args)), args)
+    samples = _random_tokens(max(recipe.nsamples for recipe in (*recipes.values(), peer)), args.seqlen)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
@@ -183,10 +183,14 @@ def main() -> int:
     return 0
 
 
+def _lengths(args: argparse.Namespace) -> dict[str, int]:
+    """This run's tokens a sample, and its samples if it names them."""
+    return {"seqlen": args.seqlen} | ({"nsamples": args.nsamples} if args.nsamples else {})
+
+
 def _scaled(recipe: Recipe, args: argparse.Namespace) -> Recipe:
-    """The recipe on this run's samples, and with its steps if it names them; blocks are raced, nothing after them."""
-    iters = args.iters or recipe.iters
-    return replace(recipe, iters=iters, end_to_end_iters=0, nsamples=args.nsamples, seqlen=args.seqlen)
+    """The recipe with this run's steps if it names them; blocks are raced, nothing after them."""
+    return replace(recipe, iters=args.iters or recipe.iters, end_to_end_iters=0)
 
 
 def _step_floor(model: Path, samples: Tensor, device: torch.device) -> float:
@@ -326,10 +330,10 @@ def _parse() -> argparse.Namespace:
     what.add_argument(
         "--recipes",
         nargs="+",
+        type=variant,
         default=["fast", "default", "autoround"],
-        choices=[name for name, recipe in RECIPES.items() if recipe.iters],
-        metavar="NAME",
-        help="of ours (default: fast default autoround)",
+        metavar="RECIPE",
+        help=f"{HELP} (default: fast default autoround)",
     )
     what.add_argument(
         "--precisions", nargs="+", choices=get_args(Precision), help="of our steps (default: the recipe's)"
@@ -339,14 +343,16 @@ def _parse() -> argparse.Namespace:
     what.add_argument("--blocks", type=int, default=4, metavar="N", help="at least 3 (default: %(default)s)")
     how = parser.add_argument_group("how")
     how.add_argument("--iters", type=int, metavar="N", help="steps (default: the recipe's)")
-    how.add_argument("--nsamples", type=int, default=128, metavar="N", help="at least 9 (default: %(default)s)")
+    how.add_argument("--nsamples", type=int, metavar="N", help="at least 9 (default: the recipe's)")
     how.add_argument("--seqlen", type=int, default=2048, metavar="N", help="tokens a sample (default: %(default)s)")
     how.add_argument("--device", default="auto", help="default: %(default)s")
     parser.add_argument("--name", default="tuning", help="of the result file (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
     args = parser.parse_args()
-    if args.blocks < 3 or args.nsamples < _PEER.batch_size:
+    if args.blocks < 3 or (args.nsamples or _PEER.nsamples) < _PEER.batch_size:
         parser.error(f"needs at least 3 blocks and {_PEER.batch_size} samples")
+    if not all(recipe_of(text).iters for text in args.recipes):
+        parser.error("--recipes: times the steps, and a recipe without any has none")
     return args
 
 

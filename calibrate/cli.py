@@ -139,8 +139,8 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--tuning-precision",
         choices=get_args(Precision),
-        help="of a step's matrix products; fp8 needs Ada, Hopper or Blackwell; auto takes it in the backward pass, and "
-        "in all of MXFP4, where it is faster and as good",
+        help="of a step's matrix products; fp8 needs Ada, Hopper or Blackwell (forward, more than 4 bits stay bf16); "
+        "auto takes it where it is faster and as good",
     )
     how.add_argument(
         "--scale-search", action=argparse.BooleanOptionalAction, help="start from the best scales of a grid"

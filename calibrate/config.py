@@ -40,7 +40,7 @@ class Recipe:
     scale_lr: float = 1.0  # of the scales, relative to their weights' rate
     momentum: float = 0.0  # share of the running mean of the gradients that a step keeps
     optimizer: Optimizer = "signsgd"  # adamw: with torch's betas, not ``momentum``
-    tuning_precision: Precision = "bf16"  # of a step's matrix products; auto: in the forward pass those of MXFP4 only
+    tuning_precision: Precision = "bf16"  # of a step's matrix products
     scale_search: bool = False  # start from the best scales of a grid; else from the full range
     kl_last_block: bool = False  # tune the last block on the model's output distribution; else on its hidden states
     gptq: bool = False  # without steps: round by GPTQ and coordinate descent; else to nearest
@@ -73,7 +73,7 @@ _OURS: dict[str, Any] = {
 RECIPES = {
     "default": Recipe(iters=200, batch_size=2, momentum=0.5, **_OURS),
     "best": Recipe(iters=400, batch_size=2, momentum=0.9, nsamples=320, end_to_end_iters=400, **_OURS),
-    "fast": Recipe(iters=200, batch_size=1, momentum=0.5, **_OURS),
+    "fast": Recipe(iters=200, batch_size=1, momentum=0.5, nsamples=80, **_OURS),
     "light": Recipe(iters=50, batch_size=2, momentum=0.5, **_OURS),
     "rtn": Recipe(iters=0, batch_size=1, scale_search=True),
     "gptq": Recipe(iters=0, batch_size=1, scale_search=True, gptq=True),

@@ -1,22 +1,21 @@
 """Linear layers that multiply FP8 factors (e4m3) while they are tuned.
 
-In the backward pass every factor is rounded to e4m3 (gradients too) under one scale a tensor; products are summed by
-the tensor cores in their fast way, less precise than float32 (`torch._scaled_mm`). Inputs and gradients are scaled by
-their largest magnitude, weights by one that the caller knows them to stay below. A step of sign descent asks for the
-sign of a sum over many tokens, which the rounding of single factors hardly moves.
+Inputs and gradients are scaled by their largest magnitude, weights by one that the caller knows them to stay below. In
+the backward pass every factor is rounded to nearest, under one scale a tensor, and products are summed by the tensor
+cores in their fast way, less precise than float32 (`torch._scaled_mm`). A step of sign descent asks for the sign of a
+sum over many tokens, which the rounding of single factors hardly moves.
 
-The forward product is another matter. e4m3 rounds W^ about as much as 4 bits do, and to nearest it would do so to the
-same side in every step: tuning would learn to make up for what no one will serve. So there are three ways.
+In the forward pass, summed in the precise way, weights are another matter. e4m3 rounds W^ about as much as 4 bits do,
+and to nearest it would do so to the same side in every step: tuning would learn to make up for what no one will serve.
+So there are three ways.
 
-- The factors as they are (`fp8_linear`).
-- In FP8 with dither (`dithered_fp8_linear`): a value is rounded up in a share of the steps, the larger the nearer it is
-  to the value above, so that what rounding does averages out over the steps, and nothing is left to learn. Weights
-  of more than four bits do without: the noise of single steps is too much for them (`takes_dither`).
-- In FP8 if weights and inputs are MXFP4 (`exact_fp8_linear`), for which e4m3 rounds nothing: two significant bits times
-  a power of two fit, if each row has a scale that is a power of two. Only what is below 2^-16 of the most that its row
+- Of weights that it need not round (`exact_fp8_linear`): MXFP4, if the inputs are too. Two significant bits times a
+  power of two fit, if each row has a scale that is a power of two. Only what is below 2^-16 of the most that its row
   holds (of a weight: may hold) can be rounded, by 2^-18 of that.
-
-Forward products in FP8 are summed in the precise way.
+- With dither (`dithered_fp8_linear`): a weight is rounded up in a share of the steps, the larger the nearer it is to
+  the value above, so that what rounding does averages out over the steps, and nothing is left to learn.
+- Not in FP8 (`fp8_linear`): weights of more than four bits, for which the noise of single steps is too much
+  (`takes_dither`).
 """
 
 from __future__ import annotations
@@ -40,7 +39,10 @@ _TOP_POWER_INVERSE = 2.0**-8  # of the power of two at or below `_HIGHEST`
 _DITHERED_BITS = 4  # of weights; with 6 a block of a tiny model had 1.3 times the error, with 8 more than at its start
 _LEAST_POWER = 2.0**E4M3.min_exponent  # below it values are as far apart as they are from it to its double
 _DROPPED_BITS = 23 - E4M3.mantissa_bits  # of the mantissa of float32
-_GOLDEN = 2654435769  # 2^32 over the golden ratio: its multiples, modulo 2^32, are spread evenly however many they are
+# Parts of 2^32: multiples of the golden ratio's are spread evenly however many they are; the plastic number's and its
+# square's do so in two dimensions.
+STEP_UNIT = 2654435769
+ROW_UNIT, COLUMN_UNIT = 3242174889, 2447445414
 _LEAST = torch.finfo(torch.float32).tiny
 _CAPABILITY = (8, 9)  # of a GPU: Ada; Hopper and Blackwell are above
 
@@ -51,7 +53,7 @@ class Fp8Products:
 
     exact: bool  # see `is_exact`
     row_most: Tensor  # [N, 1] float32; while it is tuned, the magnitudes of the weight stay below
-    most: Tensor  # scalar float32, the same of all rows
+    scale: Tensor  # [1] float32, `tensor_scale` of the most of all rows
     step: Tensor | None = None  # [1] int64, which dithers a forward that is not exact; None: such a one is not in FP8
 
 
@@ -75,25 +77,30 @@ def takes_dither(scheme: QuantScheme) -> bool:
     return scheme.weights.bits <= _DITHERED_BITS
 
 
-def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, most: Tensor) -> Tensor:
+def tensor_scale(most: Tensor) -> Tensor:
+    """[1] float32, with which ``most``, a scalar, becomes the highest value of e4m3."""
+    return (most.float() / _HIGHEST).clamp(min=_LEAST).reshape(1)
+
+
+def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
     """x [..., K] times the transpose of weight [N, K] -> [..., N]; its gradients are products of FP8 factors.
 
     N, K and the number of rows of x fit (`fits_fp8`).
 
     Args:
-        most: scalar float32, at least the largest magnitude in ``weight``; what is above it saturates.
+        scale: [1] float32, under which e4m3 is to hold ``weight``; what is above it saturates.
     """
-    out = _Fp8Backward.apply(x.flatten(0, -2), weight, bias, most)  # type: ignore[no-untyped-call]
+    out = _Fp8Backward.apply(x.flatten(0, -2), weight, bias, scale)  # type: ignore[no-untyped-call]
     return out.unflatten(0, x.shape[:-1])  # type: ignore[no-any-return]
 
 
-def dithered_fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, most: Tensor, step: Tensor) -> Tensor:
-    """`fp8_linear`, with the forward product in FP8 as well, of dithered factors.
+def dithered_fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, step: Tensor) -> Tensor:
+    """`fp8_linear`, with the forward product in FP8 as well, of a dithered weight.
 
     Args:
         step: [1] int64, the number of the step; see `dither`.
     """
-    out = _DitheredFp8.apply(x.flatten(0, -2), weight, bias, most, step)  # type: ignore[no-untyped-call]
+    out = _DitheredFp8.apply(x.flatten(0, -2), weight, bias, scale, step)  # type: ignore[no-untyped-call]
     return out.unflatten(0, x.shape[:-1])  # type: ignore[no-any-return]
 
 
@@ -112,124 +119,101 @@ def exact_fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, row_most: T
 
 
 @torch.library.custom_op("vllm_autoround::rescaled_transpose", mutates_args=())
-def rescaled_transpose(rows8: Tensor, factor: Tensor) -> Tensor:
-    """[M, K] e4m3 times ``factor`` [M, 1] float32, rounded to nearest -> [K, M] e4m3, contiguous.
+def rescaled_transpose(rows8: Tensor, scale: Tensor) -> Tensor:
+    """[M, K] e4m3 over ``scale`` [M, 1] float32, rounded to nearest -> [K, M] e4m3, contiguous.
 
     An operator of its own, or torch.compile would make x once more in the backward pass to turn it there.
     """
-    return (rows8.float() * factor).to(rows8.dtype).t().contiguous()
+    return (rows8.float() * (1 / scale)).to(rows8.dtype).t().contiguous()
 
 
 @rescaled_transpose.register_fake
-def _(rows8: Tensor, factor: Tensor) -> Tensor:
+def _(rows8: Tensor, scale: Tensor) -> Tensor:
     return rows8.new_empty(rows8.shape[::-1])
 
 
 @rescaled_transpose.register_kernel("cuda")
-def _(rows8: Tensor, factor: Tensor) -> Tensor:
+def _(rows8: Tensor, scale: Tensor) -> Tensor:
     # Triton, which a CPU may be without.
     from calibrate.fused_transpose import fused_rescaled_transpose  # noqa: PLC0415
 
-    return fused_rescaled_transpose(rows8, factor)
+    return fused_rescaled_transpose(rows8, scale)
 
 
-@torch.library.custom_op("vllm_autoround::rescaled_both_ways", mutates_args=())
-def rescaled_both_ways(values: Tensor, factor: Tensor, turned_factor: Tensor) -> tuple[Tensor, Tensor]:
-    """[M, K] times ``factor`` [M, 1] float32 -> [M, K] e4m3, and times ``turned_factor`` [M, 1] -> [K, M] e4m3.
+@torch.library.custom_op("vllm_autoround::scaled_both_ways", mutates_args=())
+def scaled_both_ways(values: Tensor, scale: Tensor, turned_scale: Tensor, step: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[M, K] over ``scale`` -> [M, K] e4m3, and over ``turned_scale`` -> [K, M] e4m3; made of one look at the values.
 
-    Both contiguous, rounded to nearest, and made of one look at the values.
+    Both contiguous, and rounded to nearest; what is above the highest value saturates.
+
+    Args:
+        values: finite; of those that are not the scale has to tell.
+        scale: [M, 1] or [1] float32, as ``turned_scale``.
+        step: [1] int64, the number of the step; with it the first of the two is rounded by `dither`.
     """
-    rows8 = (values.float() * factor).to(_E4M3).contiguous()
-    return rows8, (values.float() * turned_factor).to(_E4M3).t().contiguous()
+    scaled, turned = (
+        (values.float() * (1 / over)).clamp(-_HIGHEST, _HIGHEST).contiguous() for over in (scale, turned_scale)
+    )
+    return (scaled if step is None else dither(scaled, step)).to(_E4M3), turned.to(_E4M3).t().contiguous()
 
 
-@rescaled_both_ways.register_fake
-def _(values: Tensor, factor: Tensor, turned_factor: Tensor) -> tuple[Tensor, Tensor]:
+@scaled_both_ways.register_fake
+def _(values: Tensor, scale: Tensor, turned_scale: Tensor, step: Tensor | None) -> tuple[Tensor, Tensor]:
     return values.new_empty(values.shape, dtype=_E4M3), values.new_empty(values.shape[::-1], dtype=_E4M3)
 
 
-@rescaled_both_ways.register_kernel("cuda")
-def _(values: Tensor, factor: Tensor, turned_factor: Tensor) -> tuple[Tensor, Tensor]:
+@scaled_both_ways.register_kernel("cuda")
+def _(values: Tensor, scale: Tensor, turned_scale: Tensor, step: Tensor | None) -> tuple[Tensor, Tensor]:
     # Triton, which a CPU may be without.
-    from calibrate.fused_transpose import fused_rescaled_both_ways  # noqa: PLC0415
+    from calibrate.fused_transpose import fused_scaled_both_ways  # noqa: PLC0415
 
-    return fused_rescaled_both_ways(values, factor, turned_factor)
+    return fused_scaled_both_ways(values, scale, turned_scale, step)
 
 
 def dither(x: Tensor, step: Tensor) -> Tensor:
     """[M, K] float32, finite and inside, rounded to values of e4m3: up in a share of the steps, by how near up is.
 
-    Every entry begins at a threshold of its own, a hash of its place, which turns by the golden ratio from step to step
-    (an additive recurrence: thresholds of n steps are spread as evenly as n numbers can be, so that the mean over the
-    steps comes near x faster than with random ones). What e4m3 has stays as it is.
+    Entries have thresholds of their own, a lattice over row, column and step of three irrational shares (a Kronecker
+    sequence): spread evenly over the steps, so that the mean of n steps is nearer x than with random ones, and over a
+    row, so that what rounding does to a sum of its products is little in every single step. What e4m3 has stays.
 
     Args:
         step: [1] int64, the number of the step.
     """
-    place = torch.arange(x.numel(), device=x.device).reshape(x.shape)
-    mixed = ((place & 0xFFFFFFFF) * 2654435761) & 0xFFFFFFFF
-    mixed = ((mixed ^ (mixed >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
-    threshold = ((mixed ^ (mixed >> 15)) + step * _GOLDEN) & 0xFFFFFFFF
+    row, column = (torch.arange(size, device=x.device) for size in x.shape)
+    threshold = (row[:, None] * ROW_UNIT + column * COLUMN_UNIT + step * STEP_UNIT) & 0xFFFFFFFF
     moved = torch.where(x.abs() < _LEAST_POWER, x.sign() * _LEAST_POWER, 0.0)  # to where the spacing is the bits'
-    bits = (x + moved).view(torch.int32) + (
-        threshold >> (32 - _DROPPED_BITS)
-    ).int()  # sign and magnitude: up is outwards
+    # Sign and magnitude: up is outwards.
+    bits = (x + moved).view(torch.int32) + (threshold >> (32 - _DROPPED_BITS)).int()
     return (bits & (-1 << _DROPPED_BITS)).view(torch.float32) - moved
-
-
-@torch.library.custom_op("vllm_autoround::dithered_both_ways", mutates_args=())
-def dithered_both_ways(values: Tensor, scale: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-    """[M, K] over ``scale``, scalar float32 -> [M, K] e4m3, dithered, and [K, M] e4m3, rounded to nearest.
-
-    Both contiguous, and made of one look at the values. What is above the highest value saturates.
-
-    Args:
-        values: finite; of those that are not the scale has to tell.
-        step: [1] int64, see `dither`.
-    """
-    scaled = (values.float() * (1 / scale)).clamp(-_HIGHEST, _HIGHEST)
-    return dither(scaled.contiguous(), step).to(_E4M3), scaled.to(_E4M3).t().contiguous()
-
-
-@dithered_both_ways.register_fake
-def _(values: Tensor, scale: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-    return values.new_empty(values.shape, dtype=_E4M3), values.new_empty(values.shape[::-1], dtype=_E4M3)
-
-
-@dithered_both_ways.register_kernel("cuda")
-def _(values: Tensor, scale: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-    # Triton, which a CPU may be without.
-    from calibrate.fused_transpose import fused_dithered_both_ways  # noqa: PLC0415
-
-    return fused_dithered_both_ways(values, scale, step)
 
 
 class _Fp8Backward(torch.autograd.Function):
     """[M, K], [N, K] and [N] or None -> [M, N]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, most: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, most)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, scale)
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, most = ctx.saved_tensors
+        x, weight, scale = ctx.saved_tensors
         needed = ctx.needs_input_grad
-        turned_x = _turned(*_to_fp8(x, x.abs().amax())) if needed[1] else None
-        turned_weight = _turned(*_to_fp8(weight, most)) if needed[0] else None
+        x_scale = tensor_scale(x.abs().amax())
+        turned_x = (_to_fp8(x, x_scale).t().contiguous(), x_scale) if needed[1] else None
+        turned_weight = (_to_fp8(weight, scale).t().contiguous(), scale) if needed[0] else None
         return *_gradients(grad, turned_x, turned_weight, bias=needed[2]), None
 
 
 class _DitheredFp8(torch.autograd.Function):
-    """The same, with a forward product of dithered factors."""
+    """The same, with a forward product of FP8 factors, the weight dithered."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, most: Tensor, step: Tensor) -> Tensor:
-        x_scale, scale = _scale(x.abs().amax()), _scale(most)
-        # Gradients are products of the factors rounded to nearest: the dither's error in both would add up.
-        x8, turned_x = dithered_both_ways(x.contiguous(), x_scale, step)
-        weight8, turned_weight = dithered_both_ways(weight.contiguous(), scale, step)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, step: Tensor) -> Tensor:
+        x_scale = tensor_scale(x.abs().amax())
+        x8, turned_x = scaled_both_ways(x.contiguous(), x_scale, x_scale, None)
+        weight8, turned_weight = scaled_both_ways(weight.contiguous(), scale, scale, step)
         ctx.save_for_backward(turned_x, x_scale, turned_weight, scale)
         out = torch._scaled_mm(x8, weight8.t(), scale_a=x_scale, scale_b=scale, out_dtype=x.dtype, use_fast_accum=False)
         return out if bias is None else out + bias
@@ -251,12 +235,12 @@ class _ExactFp8(torch.autograd.Function):
         row_amax = kind.groups(x).abs().amax(-1, keepdim=True).amax(1)
         x_scale, scale = _row_scale(row_amax), _row_scale(row_most)
         x8 = (kind.fake_quantize(x, None).float() / x_scale).to(_E4M3).contiguous()
-        x_largest, largest = x_scale.amax(), scale.amax()
+        x_largest, largest = x_scale.amax().reshape(1), scale.amax().reshape(1)
         if turn:
-            weight8, turned_weight = rescaled_both_ways(weight, 1 / scale, (1 / largest).expand_as(scale).contiguous())
+            weight8, turned_weight = scaled_both_ways(weight, scale, largest, None)
         else:
             weight8, turned_weight = (weight.float() / scale).to(_E4M3).contiguous(), None
-        ctx.save_for_backward(rescaled_transpose(x8, x_scale / x_largest), x_largest, turned_weight, largest)
+        ctx.save_for_backward(rescaled_transpose(x8, x_largest / x_scale), x_largest, turned_weight, largest)
         out = torch._scaled_mm(
             x8, weight8.t(), scale_a=x_scale, scale_b=scale.t(), out_dtype=x.dtype, use_fast_accum=False
         )
@@ -285,7 +269,8 @@ def _gradients(
         x: turned, [K, M] e4m3, and its scale; None: the weight needs no gradient.
         weight: turned, [K, N] e4m3, and its scale; None: x needs no gradient.
     """
-    grad8, grad_scale = _to_fp8(grad, grad.abs().amax())
+    grad_scale = tensor_scale(grad.abs().amax())
+    grad8 = _to_fp8(grad, grad_scale)
     of_x = of_weight = None
     # The second factor of `_scaled_mm` must lie column by column.
     if weight is not None:
@@ -306,20 +291,9 @@ def _gradients(
     return of_x, of_weight, grad.sum(0) if bias else None
 
 
-def _turned(factor8: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """[M, K] -> [K, M], and its scale."""
-    return factor8.t().contiguous(), scale
-
-
-def _to_fp8(x: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
-    """The values over `_scale` as e4m3, row by row in memory, and the scale."""
-    scale = _scale(most)
-    return (x.float() / scale).clamp(-_HIGHEST, _HIGHEST).to(_E4M3).contiguous(), scale
-
-
-def _scale(most: Tensor) -> Tensor:
-    """Float32 scalar, with which ``most`` becomes 448."""
-    return (most.float() / _HIGHEST).clamp(min=_LEAST)
+def _to_fp8(x: Tensor, scale: Tensor) -> Tensor:
+    """The values over the scale as e4m3, row by row in memory."""
+    return (x.float() / scale).clamp(-_HIGHEST, _HIGHEST).to(_E4M3).contiguous()
 
 
 def _row_scale(row_most: Tensor) -> Tensor:

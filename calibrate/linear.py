@@ -32,9 +32,9 @@ class WorkingLinear(nn.Linear):
         if self.quantized_input is not None:
             input = _fake_quantize(input, self.quantized_input)
         if fp8 is not None and fp8.step is not None:
-            return dithered_fp8_linear(input, self.weight, self.bias, fp8.most, fp8.step)
+            return dithered_fp8_linear(input, self.weight, self.bias, fp8.scale, fp8.step)
         if fp8 is not None:
-            return fp8_linear(input, self.weight, self.bias, fp8.most)
+            return fp8_linear(input, self.weight, self.bias, fp8.scale)
         return F.linear(input, self.weight, self.bias)
 
 

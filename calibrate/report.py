@@ -36,7 +36,7 @@ class BlockReport:
     objective: str  # of the tuning: "mse" of the block's output or "kl" of the model's
     start_loss: float  # of the objective
     tuned_loss: float
-    in_fp8: bool  # its steps' backward products, and forward ones if told so; of MXFP4 layers all, after tuning too
+    in_fp8: bool  # the products of its steps, forward of weights of up to 4 bits only; of MXFP4, after tuning too
     made_up: dict[str, float]  # by layer, how far its weight makes up for the noise in its input: t of `input_noise`
     kept_start: bool  # tuning made the objective worse
     final_loss: float | None  # of the objective, on the samples of the last step; None without tuning

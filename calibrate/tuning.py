@@ -60,7 +60,7 @@ class TunedBlock:
     heldout: Tensor  # [S', T, H] what the block makes of the held-out samples; of all, if none is held out
     kept_start: bool  # because tuning made the block worse
     final_loss: float | None  # of the last step's samples; None without steps
-    in_fp8: bool  # the matrix products of its steps, in the forward pass too if asked for; see also `forward_in_fp8`
+    in_fp8: bool  # the matrix products of its steps; see also `forward_in_fp8`
 
 
 def tune_block(
@@ -122,8 +122,7 @@ def tune_block(
     final_loss, values = None, dict[str, Tensor]()
     if recipe.iters:
         order = sample_order(len(inputs) - heldout, shape, generator)
-        in_all = recipe.tuning_precision == "fp8"
-        with clock.phase("steps"), working.fp8_matmuls(schemes if in_fp8 else {}, forward=in_all):
+        with clock.phase("steps"), working.fp8_matmuls(schemes if in_fp8 else {}):
             rates = torch.stack([_rates(recipe, scheme.weights) for scheme in schemes.values()], dim=1)
             steps.run(order, rates, on_step, variant="fp8" if in_fp8 else "bf16")
             final_loss = _last_loss(steps, working, inputs)
@@ -174,9 +173,8 @@ def _in_fp8(
 ) -> bool:
     """Whether the steps on ``inputs`` [S, T, H] are in FP8.
 
-    "fp8" has every product in it, "auto" those of the backward pass, where that is faster and precise enough. Faster it
-    is in compiled code, if many blocks share that: the last block's own loss would have a version of its own compiled,
-    which takes longer than its steps.
+    "auto" has them so where that is faster and precise enough. Faster it is in compiled code, if many blocks share
+    that: the last block's own loss would have a version of its own compiled, which takes longer than its steps.
     """
     if recipe.tuning_precision != "auto":
         return recipe.tuning_precision == "fp8"

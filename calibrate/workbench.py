@@ -22,7 +22,7 @@ from calibrate.activations import QuantizedInput
 from calibrate.blocks import Block, copy_arguments, run_block, to_device
 from calibrate.chain import advance
 from calibrate.compilation import compiled
-from calibrate.fp8_matmul import Fp8Products, is_exact, takes_dither
+from calibrate.fp8_matmul import Fp8Products, is_exact, takes_dither, tensor_scale
 from calibrate.linear import fp8_matmuls, make_working, quantized_inputs
 from calibrate.rounding import MOST_CLIP
 from vllm_autoround.format.scheme import QuantScheme
@@ -121,21 +121,16 @@ class WorkingBlock:
             yield
 
     @contextmanager
-    def fp8_matmuls(self, schemes: Mapping[str, QuantScheme], *, forward: bool = False) -> Iterator[None]:
-        """`calibrate.linear.fp8_matmuls` for these layers, in memory that stays where it is.
-
-        Args:
-            forward: in the forward pass as well, dithered, where weights are coarse enough for that; of layers that are
-                exact in FP8 it always is.
-        """
+    def fp8_matmuls(self, schemes: Mapping[str, QuantScheme]) -> Iterator[None]:
+        """`calibrate.linear.fp8_matmuls` for these layers, in memory that stays where it is."""
         products = {}
         for name, scheme in schemes.items():
             rows = MOST_CLIP * self.wanted[name].abs().amax(1, keepdim=True).float()
-            step = self.step if forward and takes_dither(scheme) else None
-            made = Fp8Products(is_exact(scheme), rows, rows.amax(), step)
+            step = self.step if takes_dither(scheme) else None
+            made = Fp8Products(is_exact(scheme), rows, tensor_scale(rows.amax()), step)
             held = self._products.setdefault((name, made.exact, step is not None), made)
             held.row_most.copy_(made.row_most)
-            held.most.copy_(made.most)
+            held.scale.copy_(made.scale)
             products[name] = held
         with fp8_matmuls(self.module, products):
             yield

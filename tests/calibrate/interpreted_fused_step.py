@@ -13,7 +13,6 @@ from tests.calibrate.fused_step_cases import (
     SOME_TYPES,
     check,
     check_both_ways,
-    check_dithered,
     check_search,
     check_transpose,
 )
@@ -97,8 +96,3 @@ def test_the_transpose(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("shape", [(64, 128), (80, 48), (16, 272)])
 def test_both_ways(shape: tuple[int, int]) -> None:
     check_both_ways("cpu", shape)
-
-
-@pytest.mark.parametrize("shape", [(64, 128), (80, 48), (16, 272)])
-def test_dithered(shape: tuple[int, int]) -> None:
-    check_dithered("cpu", shape)

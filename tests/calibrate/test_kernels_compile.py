@@ -86,14 +86,16 @@ def test_the_transpose(both_ways: bool, dithered: bool) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from calibrate.fp8_matmul import COLUMN_UNIT, ROW_UNIT, STEP_UNIT
     from calibrate.fused_transpose import _turn
 
-    tile: dict[str, int | None] = {"ROWS": 64, "COLUMNS": 128}
-    types = {"source": "*u8", "turned_factor": "*fp32", "turned": "*u8", "rows": "i32", "columns": "i32"}
+    tile: dict[str, int | None] = {"ROWS": 64, "COLUMNS": 128, "STRIDE": 0, "TURNED_STRIDE": 1}
+    tile |= {"ROW_UNIT": ROW_UNIT, "COLUMN_UNIT": COLUMN_UNIT, "STEP_UNIT": STEP_UNIT}
+    types = {"source": "*u8", "turned_scale": "*fp32", "turned": "*u8", "rows": "i32", "columns": "i32"}
     if both_ways:
-        types |= {"source": "*bf16", "rows8": "*u8", "factor": "*fp32"}
+        types |= {"source": "*bf16", "rows8": "*u8", "scale": "*fp32"}
     else:
-        tile |= {"rows8": None, "factor": None}
+        tile |= {"rows8": None, "scale": None}
     if dithered:
         types |= {"step": "*i64"}
     else:
