@@ -342,7 +342,7 @@ def _parse() -> argparse.Namespace:
     )
     how = parser.add_argument_group("how")
     how.add_argument("--iters", type=int, metavar="N", help="steps (default: the recipe's)")
-    how.add_argument("--nsamples", type=int, default=128, metavar="N", help="default: %(default)s")
+    how.add_argument("--nsamples", type=int, default=128, metavar="N", help="samples (default: %(default)s)")
     how.add_argument("--seqlen", type=int, default=2048, metavar="N", help="tokens a sample (default: %(default)s)")
     how.add_argument("--device", default="auto", help="default: %(default)s")
     how.add_argument(

@@ -35,7 +35,7 @@ from benchmarks.evaluation import (
 )
 from benchmarks.peer import run_auto_round
 from benchmarks.provenance import RESULTS, write_result
-from benchmarks.variants import HELP, base_of, recipe_of, variant
+from benchmarks.variants import HELP, recipe_of, variant
 from calibrate import calibrate
 from calibrate.config import Precision, Recipe
 from calibrate.data import load_samples
@@ -170,7 +170,7 @@ def _rows(args: argparse.Namespace, contest: Contest) -> Iterator[Row]:
                     yield contest.ours(scheme, seed, _samples(args, contest, seed, recipe), name, recipe)
             for iters in args.peer_iters:
                 if iters or seed == args.seeds[0]:
-                    samples = _samples(args, contest, seed, replace(_PEER, nsamples=args.nsamples or _PEER.nsamples))
+                    samples = _samples(args, contest, seed, recipe_of("autoround", nsamples=args.nsamples))
                     yield contest.peer(scheme, seed, samples, iters)
 
 
@@ -190,7 +190,7 @@ def _recipes(args: argparse.Namespace) -> dict[str, Recipe]:
     """Every recipe in every precision of its steps, with this run's tokens a sample, and its samples if it has some."""
     recipes = {}
     for text in args.recipes:
-        recipe = recipe_of(text, nsamples=args.nsamples or base_of(text).nsamples, seqlen=args.seqlen)
+        recipe = recipe_of(text, nsamples=args.nsamples, seqlen=args.seqlen)
         for precision in args.precisions if recipe.iters and args.precisions else [recipe.tuning_precision]:
             label = f"{text} {precision}" if recipe.iters and args.precisions else text
             recipes[label] = replace(recipe, tuning_precision=precision)

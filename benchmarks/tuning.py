@@ -44,7 +44,6 @@ from vllm_autoround.format.weights import Integer
 
 _VOCABULARY = 1024
 _SEED = 42
-_PEER = Recipe(iters=200, batch_size=8)  # auto-round's default
 _FLOOR_STEPS = 20  # timed
 _WARM_UP = 3
 
@@ -145,13 +144,14 @@ class Race:
 def main() -> int:
     args = _parse()
     device = resolve_device(args.device)
-    recipes = {
-        f"{text} {precision}" if args.precisions else text: replace(recipe, tuning_precision=precision)
-        for text in args.recipes
-        for recipe in [_scaled(recipe_of(text, **_lengths(args)), args)]
-        for precision in args.precisions or [recipe.tuning_precision]
-    }
-    peer = _scaled(replace(_PEER, **_lengths(args)), args)
+    recipes = {text: _raced(text, args) for text in args.recipes}
+    if args.precisions:
+        recipes = {
+            f"{text} {precision}": replace(recipe, tuning_precision=precision)
+            for text, recipe in recipes.items()
+            for precision in args.precisions
+        }
+    peer = _raced("autoround", args)  # auto-round's default
     samples = _random_tokens(max(recipe.nsamples for recipe in (*recipes.values(), peer)), args.seqlen)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -183,14 +183,10 @@ def main() -> int:
     return 0
 
 
-def _lengths(args: argparse.Namespace) -> dict[str, int]:
-    """This run's tokens a sample, and its samples if it names them."""
-    return {"seqlen": args.seqlen} | ({"nsamples": args.nsamples} if args.nsamples else {})
-
-
-def _scaled(recipe: Recipe, args: argparse.Namespace) -> Recipe:
-    """The recipe with this run's steps if it names them; blocks are raced, nothing after them."""
-    return replace(recipe, iters=args.iters or recipe.iters, end_to_end_iters=0)
+def _raced(text: str, args: argparse.Namespace) -> Recipe:
+    """The recipe with this run's steps and samples, if it names them; blocks are raced, nothing after them."""
+    recipe = recipe_of(text, iters=args.iters, nsamples=args.nsamples, seqlen=args.seqlen)
+    return replace(recipe, end_to_end_iters=0)
 
 
 def _step_floor(model: Path, samples: Tensor, device: torch.device) -> float:
@@ -349,8 +345,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--name", default="tuning", help="of the result file (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
     args = parser.parse_args()
-    if args.blocks < 3 or (args.nsamples or _PEER.nsamples) < _PEER.batch_size:
-        parser.error(f"needs at least 3 blocks and {_PEER.batch_size} samples")
+    if args.blocks < 3 or (args.nsamples is not None and args.nsamples < 9):
+        parser.error("needs at least 3 blocks and 9 samples")
     if not all(recipe_of(text).iters for text in args.recipes):
         parser.error("--recipes: times the steps, and a recipe without any has none")
     return args

@@ -43,8 +43,10 @@ def base_of(text: str) -> Recipe:
 
 
 def recipe_of(text: str, **defaults: Any) -> Recipe:
-    """The recipe with ``defaults``, and over them what the text says itself."""
-    return replace(base_of(text), **defaults | _changes(text))
+    """The recipe with ``defaults``, those that are not None, and over them what the text says itself."""
+    return replace(
+        base_of(text), **{key: value for key, value in defaults.items() if value is not None} | _changes(text)
+    )
 
 
 def _changes(text: str) -> dict[str, Any]:

@@ -13,7 +13,8 @@ So there are three ways.
   power of two fit, if each row has a scale that is a power of two. Only what is below 2^-16 of the most that its row
   holds (of a weight: may hold) can be rounded, by 2^-18 of that.
 - With dither (`dithered_fp8_linear`): a weight is rounded up in a share of the steps, the larger the nearer it is to
-  the value above, so that what rounding does averages out over the steps, and nothing is left to learn.
+  the value above, so that what rounding does averages out over the steps, and nothing is left to learn. Inputs are
+  rounded to nearest: they are other ones in every step.
 - Not in FP8 (`fp8_linear`): weights of more than four bits, for which the noise of single steps is too much
   (`takes_dither`).
 """
@@ -147,7 +148,8 @@ def scaled_both_ways(values: Tensor, scale: Tensor, turned_scale: Tensor, step: 
     Both contiguous, and rounded to nearest; what is above the highest value saturates.
 
     Args:
-        values: finite; of those that are not the scale has to tell.
+        values: finite. What is not shows elsewhere: in the scale of inputs and gradients, their largest magnitude, and
+            of a weight in those of its groups, when it is frozen.
         scale: [M, 1] or [1] float32, as ``turned_scale``.
         step: [1] int64, the number of the step; with it the first of the two is rounded by `dither`.
     """
@@ -174,8 +176,8 @@ def dither(x: Tensor, step: Tensor) -> Tensor:
     """[M, K] float32, finite and inside, rounded to values of e4m3: up in a share of the steps, by how near up is.
 
     Entries have thresholds of their own, a lattice over row, column and step of three irrational shares (a Kronecker
-    sequence): spread evenly over the steps, so that the mean of n steps is nearer x than with random ones, and over a
-    row, so that what rounding does to a sum of its products is little in every single step. What e4m3 has stays.
+    sequence): spread evenly over the steps, so that the mean of n steps is nearer x than with random ones, over every
+    row and over every column, for a multiplication and an addition each. What e4m3 has stays as it is.
 
     Args:
         step: [1] int64, the number of the step.

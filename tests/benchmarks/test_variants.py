@@ -18,6 +18,8 @@ def test_variants() -> None:
     assert recipe_of('light:tuning_precision="fp8"').tuning_precision == "fp8"
     # What a variant names counts more than what all get.
     assert recipe_of("fast:iters=400", iters=4, nsamples=8, seqlen=64).iters == 400
+    assert recipe_of("fast", nsamples=None) == RECIPES["fast"]
+    assert recipe_of("fast", nsamples=8).nsamples == 8
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,17 @@ def test_dither_is_right_in_the_mean_over_the_steps() -> None:
     assert ((up - due).abs() < 4 * 0.5 / x.numel() ** 0.5).all()
 
 
+@pytest.mark.parametrize(("rows", "columns", "most"), [(1, 64, 0.08), (64, 1, 0.08), (16, 16, 0.04)])
+def test_dither_rounds_up_as_often_as_due_in_every_part(rows: int, columns: int, most: float) -> None:
+    share = 0.37  # of the way from 1 to the next value
+    x = torch.full((256, 512), 1 + share / 8)
+    for step in range(8):
+        up = (dither(x, torch.tensor([step])) > 1).float()
+        parts = up.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).mean((1, 3))
+        # As many tosses of a coin would be off by .06 and .03 in the mean square, and somewhere by three times that.
+        assert (parts - share).abs().max() < most
+
+
 def test_dithered_factors_saturate_and_the_turned_ones_are_rounded_to_nearest() -> None:
     values = torch.tensor([[600.0, -600.0, 1.03, 2.0**-11]]).bfloat16()
     rows, turned = scaled_both_ways(values, torch.ones(1), torch.ones(1), torch.tensor([0]))
