@@ -46,7 +46,7 @@ from vllm_autoround.format.weights import Integer
 _WINDOW = 1024  # tokens
 _WINDOWS = 200
 _SHOTS = 5
-_PEER = Recipe(iters=200, batch_size=8)  # auto-round's default
+_PEER = "autoround"  # auto-round's default
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +124,7 @@ class Contest:
                 scheme=f"W{kind.bits}A16" if integer else scheme,
                 group_size=(kind.group_size or -1) if integer else None,
                 symmetric=kind.symmetric,
-                recipe=replace(_PEER, iters=iters),
+                recipe=recipe_of(_PEER, iters=iters),
                 seed=seed,
                 device=self.device,
             )
@@ -147,7 +147,7 @@ def main() -> int:
         "protocol": {
             "model": args.model.name,
             "recipes": {name: asdict(recipe) for name, recipe in _recipes(args).items()},
-            "peer": asdict(_PEER),
+            "peer": asdict(recipe_of(_PEER)),
             "windows": list(contest.windows.shape),
             "problems": len(contest.problems),
             "shots": _SHOTS,
@@ -170,7 +170,7 @@ def _rows(args: argparse.Namespace, contest: Contest) -> Iterator[Row]:
                     yield contest.ours(scheme, seed, _samples(args, contest, seed, recipe), name, recipe)
             for iters in args.peer_iters:
                 if iters or seed == args.seeds[0]:
-                    samples = _samples(args, contest, seed, recipe_of("autoround", nsamples=args.nsamples))
+                    samples = _samples(args, contest, seed, recipe_of(_PEER, nsamples=args.nsamples))
                     yield contest.peer(scheme, seed, samples, iters)
 
 

@@ -44,6 +44,7 @@ from vllm_autoround.format.weights import Integer
 
 _VOCABULARY = 1024
 _SEED = 42
+_PEER = "autoround"  # auto-round's default
 _FLOOR_STEPS = 20  # timed
 _WARM_UP = 3
 
@@ -151,7 +152,7 @@ def main() -> int:
             for text, recipe in recipes.items()
             for precision in args.precisions
         }
-    peer = _raced("autoround", args)  # auto-round's default
+    peer = _raced(_PEER, args)
     samples = _random_tokens(max(recipe.nsamples for recipe in (*recipes.values(), peer)), args.seqlen)
     rows = []
     with tempfile.TemporaryDirectory() as folder:

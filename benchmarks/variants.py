@@ -44,9 +44,8 @@ def base_of(text: str) -> Recipe:
 
 def recipe_of(text: str, **defaults: Any) -> Recipe:
     """The recipe with ``defaults``, those that are not None, and over them what the text says itself."""
-    return replace(
-        base_of(text), **{key: value for key, value in defaults.items() if value is not None} | _changes(text)
-    )
+    given = {field: value for field, value in defaults.items() if value is not None}
+    return replace(base_of(text), **given | _changes(text))
 
 
 def _changes(text: str) -> dict[str, Any]:

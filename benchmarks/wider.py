@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ _SEED = 42  # of text and training
 _HEAD_DIM = 64
 _HEADS_PER_KV = 4
 _CALIBRATION_TEXTS = 2000  # of which a seed draws its samples
-_PEER = Recipe(iters=200, batch_size=8)  # auto-round's default
+_PEER = "autoround"  # auto-round's default
 _VARIANTS = ["fast", "default", "autoround", "default:batch_size=4", "default:batch_size=8"]
 # Options that the trained model depends on.
 _MODEL_OPTIONS = ("text", "megabytes", "vocabulary", "width", "mlp", "layers", "minutes", "batch", "rate", "seqlen")
@@ -132,8 +132,8 @@ class Contest:
 def main() -> int:
     args = _parse()
     device = resolve_device(args.device)
-    variants = {text: recipe_of(text, **_lengths(base_of(text), args)) for text in args.variants}
-    peer = replace(_PEER, **_lengths(_PEER, args))
+    variants = {text: _sized(text, args) for text in args.variants}
+    peer = _sized(_PEER, args)
     with ExitStack() as stack:
         work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         training = _trained_model(work, args, device)
@@ -237,10 +237,10 @@ def _new(path: Path) -> Path:
     return path
 
 
-def _lengths(recipe: Recipe, args: argparse.Namespace) -> dict[str, int]:
-    """This run's tokens a sample, and its samples and steps if it names them."""
-    iters = args.iters if args.iters and recipe.iters else recipe.iters
-    return {"iters": iters, "nsamples": args.nsamples or recipe.nsamples, "seqlen": args.seqlen}
+def _sized(text: str, args: argparse.Namespace) -> Recipe:
+    """The recipe with this run's tokens a sample, and its samples and steps if it names them."""
+    iters = args.iters if base_of(text).iters else None
+    return recipe_of(text, iters=iters, nsamples=args.nsamples, seqlen=args.seqlen)
 
 
 def _table(rows: list[Row], training: dict[str, Any]) -> str:

@@ -8,7 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 from calibrate.fp8_matmul import COLUMN_UNIT, ROW_UNIT, STEP_UNIT
-from calibrate.kernel_parts import clamp
 
 _ROWS, _COLUMNS = 64, 128  # of a tile
 
@@ -93,9 +92,9 @@ def _turn(
 
 @triton.jit
 def _over(values, scale, row, rows, STRIDE: tl.constexpr):
-    """Over the scale, inside e4m3."""
+    """Over the scale, inside e4m3; NaN stays NaN."""
     factor = tl.div_rn(1.0, tl.load(scale + row * STRIDE, mask=row < rows, other=1.0))
-    return clamp(values * factor[:, None], -448.0, 448.0)
+    return tl.clamp(values * factor[:, None], -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -183,13 +183,12 @@ def check_transpose(device: str, shape: tuple[int, int]) -> None:
     from calibrate.fused_transpose import fused_rescaled_transpose
 
     generator = torch.Generator().manual_seed(0)
-    rows8 = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    rows8 = torch.where(rows8 & 127 == 127, 0, rows8).view(torch.float8_e4m3fn)  # no NaN
+    rows8 = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).view(torch.float8_e4m3fn)
     scale = torch.exp2(torch.randint(0, 20, (shape[0], 1), generator=generator).float())
     expected = rescaled_transpose(rows8, scale)
     assert expected.shape == (shape[1], shape[0])
     got = fused_rescaled_transpose(rows8.to(device), scale.to(device)).cpu()
-    assert torch.equal(got.float(), expected.float())
+    assert torch.equal(got.float().nan_to_num(nan=-1e3), expected.float().nan_to_num(nan=-1e3))
 
 
 def check_both_ways(device: str, shape: tuple[int, int]) -> None:

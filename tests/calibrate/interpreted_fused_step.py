@@ -9,13 +9,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from tests.calibrate.fused_step_cases import (
-    SOME_TYPES,
-    check,
-    check_both_ways,
-    check_search,
-    check_transpose,
-)
+from tests.calibrate.fused_step_cases import SOME_TYPES, check, check_both_ways, check_search, check_transpose
 from tests.interpreter import patch_once_a_launch
 from vllm_autoround.format.weights import Float8, Integer, NvFp4, WeightType
 
