@@ -134,6 +134,21 @@ def token_products(left: Tensor, right: Tensor) -> Tensor:
     return left.T.float() @ right.float()
 
 
+def with_scales(
+    inputs: Mapping[str, QuantizedInput], change: Callable[[str, Tensor], Tensor]
+) -> dict[str, QuantizedInput]:
+    """The same, with what ``change`` makes of each static scale and the name of its first layer; what layers share they
+    go on to share."""
+    changed: dict[int, Tensor] = {}
+    made = {}
+    for name, quantized in inputs.items():
+        scale = quantized.scale
+        if scale is not None and id(scale) not in changed:
+            changed[id(scale)] = change(name, scale)
+        made[name] = quantized if scale is None else QuantizedInput(quantized.type, changed[id(scale)])
+    return made
+
+
 def quantized_inputs_of(
     schemes: Mapping[str, QuantScheme], statistics: Mapping[str, InputStatistics]
 ) -> dict[str, QuantizedInput]:

@@ -26,14 +26,16 @@ from vllm_autoround.format.errors import ManifestError, SchemeError
 
 _RECIPES_HELP = "\n".join(
     f"  {name:<16} {r.iters:>5} {r.batch_size:>6} {r.seqlen:>7} {r.nsamples:>8} "
-    f"{r.lr or ('1/iters' if r.iters else '-'):>8} {r.fine_lr:>8} {r.scale_lr:>9} {r.momentum:>9} "
+    f"{r.lr or ('1/iters' if r.iters else '-'):>8} {r.fine_lr:>8} {r.scale_lr:>9} {r.input_scale_lr or '-':>14} "
+    f"{r.momentum:>9} "
     f"{'yes' if r.scale_search else 'no':>7} {'yes' if r.kl_last_block else 'no':>5} {'yes' if r.gptq else 'no':>5} "
     f"{r.end_to_end_iters or '-':>5} {r.end_to_end_lr if r.end_to_end_iters else '-':>6} {r.tuning_precision:>5}"
     for name, r in RECIPES.items()
 )
 _RECIPES_HEAD = (
     f"  {'recipe':<16} {'iters':>5} {'batch':>6} {'seqlen':>7} {'nsamples':>8} {'lr':>8} {'fine-lr':>8} "
-    f"{'scale-lr':>9} {'momentum':>9} {'search':>7} {'kl':>5} {'gptq':>5} {'e2e':>5} {'e2e-lr':>6} {'prec.':>5}"
+    f"{'scale-lr':>9} {'input-scale-lr':>14} {'momentum':>9} "
+    f"{'search':>7} {'kl':>5} {'gptq':>5} {'e2e':>5} {'e2e-lr':>6} {'prec.':>5}"
 )
 _SCHEMES_HELP = """schemes:
   W2A16 ... W8A16  integer weights; _ASYM for zero points, G64 or the like for the group size: W3A16_ASYM, W2A16G64
@@ -129,12 +131,13 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--fine-lr", type=float, metavar="F", help="share of lr for integers of 4 bits and more")
     how.add_argument("--scale-lr", type=float, metavar="F", help="rate of the scales, relative to their weights'")
     how.add_argument(
-        "--momentum", type=float, metavar="F", help="share of the gradients' running mean that a step keeps"
+        "--input-scale-lr", type=float, metavar="F", help="rate of static scales of inputs, relative to lr"
     )
+    how.add_argument("--momentum", type=float, metavar="F", help="share of the mean gradient that a signsgd step keeps")
     how.add_argument(
         "--optimizer",
         choices=get_args(Optimizer),
-        help="sign of the gradient's running mean, or AdamW, which does not use --momentum",
+        help="sign of the gradient's running mean, or AdamW",
     )
     how.add_argument(
         "--tuning-precision",
@@ -143,7 +146,9 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
         "auto takes it where it is faster and as good",
     )
     how.add_argument(
-        "--scale-search", action=argparse.BooleanOptionalAction, help="start from the best scales of a grid"
+        "--scale-search",
+        action=argparse.BooleanOptionalAction,
+        help="start from the best scales of a grid, of inputs too",
     )
     how.add_argument(
         "--kl-last-block",

@@ -38,10 +38,11 @@ class Recipe:
     lr: float | None = None  # of the first step; None: 1 / iters
     fine_lr: float = 1.0  # of integers of FINE_BITS and more, relative to lr; with less, fewer weights move
     scale_lr: float = 1.0  # of the scales, relative to their weights' rate
+    input_scale_lr: float = 0.0  # of static scales of inputs, relative to lr; 0: no step moves them
     momentum: float = 0.0  # share of the running mean of the gradients that a step keeps
     optimizer: Optimizer = "signsgd"  # adamw: with torch's betas, not ``momentum``
     tuning_precision: Precision = "bf16"  # of a step's matrix products
-    scale_search: bool = False  # start from the best scales of a grid; else from the full range
+    scale_search: bool = False  # start from the best scales of a grid, of inputs too; else from the full range
     kl_last_block: bool = False  # tune the last block on the model's output distribution; else on its hidden states
     gptq: bool = False  # without steps: round by GPTQ and coordinate descent; else to nearest
     end_to_end_iters: int = 0  # steps of one sample, after all blocks, on the scales of integers of at most 3 bits
@@ -77,10 +78,10 @@ RECIPES = {
     "light": Recipe(iters=50, batch_size=2, momentum=0.5, **_OURS),
     "rtn": Recipe(iters=0, batch_size=1, scale_search=True),
     "gptq": Recipe(iters=0, batch_size=1, scale_search=True, gptq=True),
-    "autoround": Recipe(iters=200, batch_size=8),
-    "autoround-best": Recipe(iters=1000, batch_size=8, nsamples=512),
-    "autoround-light": Recipe(iters=50, batch_size=8, lr=5e-3),
-    "autoround-fast": Recipe(iters=200, batch_size=4, seqlen=512),
+    "autoround": Recipe(iters=200, batch_size=8, input_scale_lr=1.0),
+    "autoround-best": Recipe(iters=1000, batch_size=8, nsamples=512, input_scale_lr=1.0),
+    "autoround-light": Recipe(iters=50, batch_size=8, lr=5e-3, input_scale_lr=1.0),
+    "autoround-fast": Recipe(iters=200, batch_size=4, seqlen=512, input_scale_lr=1.0),
 }
 
 
@@ -110,6 +111,7 @@ class CalibrationConfig:
     lr: float | None = None
     fine_lr: float | None = None
     scale_lr: float | None = None
+    input_scale_lr: float | None = None
     momentum: float | None = None
     optimizer: Optimizer | None = None
     tuning_precision: Precision | None = None
@@ -189,6 +191,8 @@ class CalibrationConfig:
             value = getattr(self, field)
             if value is not None and not 0 < value <= 1:
                 problems.append(f"{field.replace('_', '-')} must be above 0 and at most 1, got {value}")
+        if self.input_scale_lr is not None and not 0 <= self.input_scale_lr <= 1:
+            problems.append(f"input-scale-lr must be at least 0 and at most 1, got {self.input_scale_lr}")
         if self.momentum is not None and not 0 <= self.momentum < 1:
             problems.append(f"momentum must be at least 0 and below 1, got {self.momentum}")
         return problems

@@ -21,7 +21,7 @@ from calibrate.fp8_matmul import Fp8Products, dithered_fp8_linear, exact_fp8_lin
 class WorkingLinear(nn.Linear):
     """What `make_working` makes of a layer [N, K]."""
 
-    quantized_input: QuantizedInput | None  # gradients pass straight through
+    quantized_input: QuantizedInput | None  # gradients pass straight through, and to a static scale that wants one
     fp8: Fp8Products | None
 
     def forward(self, input: Tensor) -> Tensor:
@@ -66,6 +66,12 @@ def quantized_inputs(module: nn.Module, inputs: Mapping[str, QuantizedInput]) ->
             layer.quantized_input = None
 
 
+def quantized_now(module: nn.Module) -> dict[str, QuantizedInput]:
+    """How the layers of ``module`` quantize their inputs at the moment, by name; its tensors are theirs."""
+    layers = ((name, part) for name, part in module.named_modules() if isinstance(part, WorkingLinear))
+    return {name: layer.quantized_input for name, layer in layers if layer.quantized_input is not None}
+
+
 @contextmanager
 def fp8_matmuls(module: nn.Module, products: Mapping[str, Fp8Products]) -> Iterator[None]:
     """Multiply in FP8 inside the context, in these layers of ``module``, where their shapes and classes allow it."""
@@ -92,6 +98,8 @@ def _layer(module: nn.Module, name: str) -> WorkingLinear:
 def _fake_quantize(x: Tensor, how: QuantizedInput) -> Tensor:
     with torch.no_grad():
         values = how.type.fake_quantize(x, how.scale).to(x.dtype)
+    if how.scale is not None and how.scale.requires_grad:
+        return _Scaled.apply(x, how.scale, values, how.type.grid.highest)  # type: ignore[no-any-return,no-untyped-call]
     return _StraightThrough.apply(x, values)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -105,3 +113,20 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return grad, None
+
+
+class _Scaled(torch.autograd.Function):
+    """x^ with the gradient of x, and for its scale s [1] that of s round(x / s), straight through the rounding, or of
+    s ``highest`` where x saturates."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, values: Tensor, highest: float) -> Tensor:
+        ctx.save_for_backward(x, scale, values)
+        ctx.highest = highest
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+        x, scale, values = (tensor.float() for tensor in ctx.saved_tensors)
+        passed = torch.where(x.abs() <= ctx.highest * scale, x, 0.0)
+        return grad, (grad.float() * (values - passed)).sum().reshape(1) / scale, None, None

@@ -11,13 +11,13 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from calibrate.activations import InputStatistics, QuantizedInput, observe_inputs, quantized_inputs_of
+from calibrate.activations import InputStatistics, QuantizedInput, observe_inputs, quantized_inputs_of, with_scales
 from calibrate.background import Background
 from calibrate.blocks import Block, capture_inputs, masked_parts, token_parts
 from calibrate.chain import NonFiniteError, advance
@@ -28,6 +28,7 @@ from calibrate.end_to_end import TunedEarlier, train_scales
 from calibrate.input_noise import make_up
 from calibrate.inspection import inspect_checkpoint
 from calibrate.kv_cache import observed
+from calibrate.linear import quantized_now
 from calibrate.outside import quantize_embedding, quantize_heads, replaced_weight
 from calibrate.plan import Plan, make_plan
 from calibrate.report import BlockReport, Stopwatch, decibels, environment, peak_memory, progress_bars, summary_table
@@ -88,7 +89,7 @@ def calibrate(model: str | Path, out: str | Path, **settings: Any) -> dict[str, 
                     working = bench.load(block, arguments[index])
                     if not last:
                         background.submit(partial(bench.fetch, plan.blocks[index + 1]))
-                tuned, inputs, scales, made_up = _calibrate_block(
+                tuned, inputs, scales, made_up, moved = _calibrate_block(
                     index, block, working, original, quantized, plan, config, progress.step, loss, clock
                 )
             except NonFiniteError as error:
@@ -109,6 +110,7 @@ def calibrate(model: str | Path, out: str | Path, **settings: Any) -> dict[str, 
                     kept_start=tuned.kept_start,
                     in_fp8=tuned.in_fp8,
                     made_up=made_up,
+                    input_scales=moved,
                     final_loss=tuned.final_loss,
                     seconds=block_watch.seconds(),
                     phases=clock.seconds,
@@ -171,6 +173,16 @@ def _quantized_inputs(model: PreTrainedModel, plan: Plan, outside: Mapping[str, 
         return capture_inputs(model, plan.blocks, plan.samples, plan.compute_dtype).hidden
 
 
+class _Calibrated(NamedTuple):
+    """What came of a block."""
+
+    tuned: TunedBlock
+    inputs: dict[str, QuantizedInput]  # by layer name relative to the block; static scales as they were tuned
+    scales: dict[str, Tensor]  # of activations and KV cache, by the tensor's full name
+    made_up: dict[str, float]  # what `make_up` says
+    input_scales: dict[str, float]  # by layer, static ones relative to those that the largest magnitude asks for
+
+
 def _calibrate_block(
     index: int,
     block: Block,
@@ -182,28 +194,23 @@ def _calibrate_block(
     on_step: Callable[[], None],
     loss: Loss,
     clock: Clock,
-) -> tuple[TunedBlock, dict[str, QuantizedInput], dict[str, Tensor], dict[str, float]]:
-    """Tune one block and advance both chains, [S, T, H], through it, in place.
-
-    Returns:
-        The block, how its layers' inputs are quantized, its activation and KV scales by the tensor's full name, and
-        what `make_up` says.
-    """
+) -> _Calibrated:
+    """Tune one block and advance both chains, [S, T, H], through it, in place."""
     schemes = plan.schemes(block)
     with clock.phase("original chain"):
         working.advance(original)
     with clock.phase("statistics"):  # on the quantized chain: what the layers will be fed when they are served
         statistics = _statistics(working, schemes, quantized, plan, config.tuning)
-    inputs = quantized_inputs_of(schemes, statistics)
+    ranges = quantized_inputs_of(schemes, statistics)
     made_up = dict[str, float]()
     if config.tuning.weighs_pairs:
         seen = slice(len(quantized) - plan.heldout)
         real = None if plan.real is None else plan.real[seen]
         # Where there are many scales to choose from, it was found to gain no divergence (benchmarks/NOTES.md).
-        noisy = {name: made for name, made in inputs.items() if not descends(schemes[name].weights)}
+        noisy = {name: made for name, made in ranges.items() if not descends(schemes[name].weights)}
         with clock.phase("input noise"):
             made_up = make_up(working, noisy, quantized[seen], real) if noisy else {}
-    with working.quantized_inputs(inputs):
+    with working.quantized_inputs(ranges):
         tuned = tune_block(
             working,
             schemes,
@@ -222,12 +229,13 @@ def _calibrate_block(
         exact = forward_in_fp8(schemes) if tuned.in_fp8 else {}
         with clock.phase("quantized chain"), working.fp8_matmuls(exact):
             scales = _advance_quantized(working, quantized, block.name, plan, tuned.heldout)
-    scales |= {
-        f"{block.name}.{name}.{made.type.static}": made.scale.to("cpu", copy=True)
-        for name, made in inputs.items()
-        if made.scale is not None
-    }
-    return tuned, inputs, scales, made_up
+        inputs = with_scales(quantized_now(working.module), lambda _, scale: scale.clone())  # as they were tuned
+    moved = dict[str, float]()
+    for name, made in inputs.items():
+        if made.scale is not None:
+            scales[f"{block.name}.{name}.{made.type.static}"] = made.scale.to("cpu", copy=True)
+            moved[name] = (made.scale / cast(Tensor, ranges[name].scale)).item()
+    return _Calibrated(tuned, inputs, scales, made_up, moved)
 
 
 def _write_blocks(

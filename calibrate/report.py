@@ -38,6 +38,7 @@ class BlockReport:
     tuned_loss: float
     in_fp8: bool  # the products of its steps, forward of weights of up to 4 bits only; of MXFP4, after tuning too
     made_up: dict[str, float]  # by layer, how far its weight makes up for the noise in its input: t of `input_noise`
+    input_scales: dict[str, float]  # by layer, static ones relative to what the largest magnitude of an input asks for
     kept_start: bool  # tuning made the objective worse
     final_loss: float | None  # of the objective, on the samples of the last step; None without tuning
     seconds: float

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from calibrate.blocks import run_block
+from calibrate.input_scales import InputScale
 from calibrate.layer_state import LayerState
 from calibrate.workbench import Loss, Samples, WorkingBlock, loss_of_block
 
@@ -36,14 +37,17 @@ class Steps:
         real: Tensor | None,
         loss: Loss,
         shape: tuple[int, int, int],
+        scales: Sequence[InputScale] = (),
     ) -> None:
         """Steps over samples of ``inputs`` and ``outputs`` [S, T, H], on the device or pinned.
 
         Args:
             real: [S, T] bool on the device, the tokens that count; None: all.
             shape: steps, batches a step, samples a batch.
+            scales: static ones of the layers' inputs, learned with them.
         """
         device = working.device
+        self._scales = scales
         self._working, self._layers, self._loss, self._real = working, layers, loss, real
         self._step = working.step
         self._order = torch.zeros(shape, dtype=torch.long, device=device)
@@ -63,21 +67,23 @@ class Steps:
 
         Args:
             order: [steps, batches, B] sample numbers.
-            rates: [steps, layers, 2], of offsets and clips; see `calibrate.rounding.sign_step`.
+            rates: [steps, layers, 3], of offsets and clips (see `calibrate.rounding.sign_step`) and ``scales``.
             on_step: called after every step.
             variant: of the block's forward; what was recorded for one serves no other.
         """
         for layer in self._layers:
             layer.module.weight.requires_grad_(True)
+        for scale in self._scales:
+            scale.load()
+            scale.scale.requires_grad_(True)
         if self._graphed and variant not in self._graphs:
             self._feed.start(order)
             self._graphs.clear()  # each has memory for a whole step
             self._graphs[variant] = self._record()
         graph = self._graphs.get(variant)
-        for layer in self._layers:
-            layer.restart()
+        self.restart()
         self._order.copy_(order)
-        self._rates[..., :2] = rates
+        self._rates[..., :3] = rates
         self.losses.zero_()
         self._step.zero_()
         self._feed.start(order)
@@ -98,6 +104,15 @@ class Steps:
             on_step()
         for layer in self._layers:
             layer.module.weight.requires_grad_(False)
+        for scale in self._scales:
+            scale.scale.requires_grad_(False)
+
+    def restart(self) -> None:
+        """Everything that is learned back to its start."""
+        for layer in self._layers:
+            layer.restart()
+        for scale in self._scales:
+            scale.restart()
 
     @torch.enable_grad()
     def gradients(self, picked: Tensor, *, compiled: bool) -> list[Tensor]:
@@ -129,6 +144,9 @@ class Steps:
         for layer, rate in zip(self._layers, rates[:, :2], strict=True):
             layer.step(rate)
             layer.module.weight.grad = None
+        for scale in self._scales:
+            scale.step(rates[0, 2])
+            scale.scale.grad = None
         self._step += 1
 
     def _counted(self, batch: int) -> Tensor | None:

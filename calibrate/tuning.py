@@ -7,7 +7,7 @@ stop. Samples that no step sees judge the result: a block that tuning made worse
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, nan
 from typing import NamedTuple, cast
@@ -16,14 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calibrate.activations import InputStatistics
+from calibrate.activations import InputStatistics, QuantizedInput
+from calibrate.blocks import token_parts
 from calibrate.chain import NonFiniteError, first_non_finite, relative_distance
 from calibrate.clock import Clock
 from calibrate.config import FINE_BITS, Recipe
 from calibrate.fp8_matmul import fits_fp8, has_fp8, is_exact
 from calibrate.gptq import gptq
+from calibrate.input_scales import learned_scales, search_input_scales, static_inputs
 from calibrate.layer_schemes import fused_groups
 from calibrate.layer_state import LayerReport, LayerState
+from calibrate.linear import quantized_now
 from calibrate.precision import fp8_suffices
 from calibrate.rounding import MOST_CLIP, OFFSET_UNIT, Rounding, Target, freeze, targets
 from calibrate.scale_descent import descend_scales, descends
@@ -81,6 +84,8 @@ def tune_block(
 ) -> TunedBlock:
     """Learn the rounding of the layers named in ``schemes``; leaves the block with the dequantized weights.
 
+    Static scales by which the block quantizes its inputs are tuned too, in place.
+
     Args:
         schemes: layer name relative to the block -> scheme; without any, nothing is tuned.
         inputs: [S, T, H], the quantized chain's input of this block.
@@ -111,8 +116,12 @@ def tune_block(
     with clock.phase("scale search"):
         starts = _starts(working, schemes, statistics, recipe)
     shape = (recipe.iters, accumulate, recipe.batch_size)
+    static = static_inputs(quantized_now(working.module))
     with clock.phase("set-up"):
-        layers, steps = _set_up(working, schemes, starts, inputs, outputs, real, recipe, shape, loss)
+        layers, steps = _set_up(working, schemes, starts, static, inputs, outputs, real, recipe, shape, loss)
+    if recipe.scale_search and static:
+        with clock.phase("input scale search"):
+            _search_input_scales(working, static, inputs, outputs, real, heldout, loss)
     if recipe.iters:
         with clock.phase("precision"):
             in_fp8 = _in_fp8(working, schemes, steps, inputs[: len(inputs) - heldout], recipe, loss)
@@ -137,8 +146,7 @@ def tune_block(
         tuned, made = judge()
     kept_start = not tuned.loss <= start.loss  # NaN is worse
     if kept_start:
-        for layer in layers.values():
-            layer.restart()
+        steps.restart()
         frozen = {name: layer.finish(name) for name, layer in layers.items()}
         tuned, made = judge()
     weights = {name: weight for name, (weight, _) in frozen.items()}
@@ -202,7 +210,6 @@ def _gptq(name: str, target: Target, start: Rounding, statistics: InputStatistic
         raise NonFiniteError(f"{name}: {error}") from error
 
 
-@torch.no_grad()
 def _judge(
     working: WorkingBlock, inputs: Tensor, outputs: Tensor, real: Tensor | None, loss: Loss
 ) -> tuple[Verdict, Tensor]:
@@ -210,15 +217,26 @@ def _judge(
     finite."""
     made = inputs.clone()
     try:
-        working.advance(made)
+        losses = _losses(working, made, outputs, real, loss)
     except NonFiniteError:
         return Verdict(nan, nan), made
-    masks = [None] * len(made) if real is None else real.split(1)
-    samples = zip(made.split(1), outputs.split(1), masks, strict=True)
+    return Verdict(relative_distance(made, outputs, real), losses.sum().item()), made
+
+
+@torch.no_grad()
+def _losses(working: WorkingBlock, hidden: Tensor, outputs: Tensor, real: Tensor | None, loss: Loss) -> Tensor:
+    """Each sample's part of the mean loss over all tokens that count, [S] float64.
+
+    Args:
+        hidden: [S, T, H], the block's inputs; becomes its outputs.
+        outputs: what should come out.
+    """
+    working.advance(hidden)
+    masks = [None] * len(hidden) if real is None else real.split(1)
+    samples = zip(hidden.split(1), outputs.split(1), masks, strict=True)
     losses = [loss(mine.to(working.device), theirs.to(working.device), mask) for mine, theirs, mask in samples]
-    tokens = torch.ones(len(made)) if real is None else real.sum(1)
-    mean = (torch.stack(losses).double() * tokens.to(working.device)).sum() / tokens.sum()
-    return Verdict(relative_distance(made, outputs, real), mean.item()), made
+    tokens = torch.ones(len(hidden)) if real is None else real.sum(1)
+    return torch.stack(losses).double() * (tokens / tokens.sum()).to(working.device)
 
 
 def _check_start(start: Verdict, working: WorkingBlock, inputs: Tensor) -> None:
@@ -257,10 +275,27 @@ def _start(target: Target, statistics: InputStatistics | None, recipe: Recipe) -
     return target, start
 
 
+def _search_input_scales(
+    working: WorkingBlock,
+    static: Sequence[QuantizedInput],
+    inputs: Tensor,
+    outputs: Tensor,
+    real: Tensor | None,
+    heldout: int,
+    loss: Loss,
+) -> None:
+    """On as many samples as a forward takes at once: code for their shape is compiled already."""
+    samples = slice(min(len(token_parts(inputs)[0]), len(inputs) - heldout))
+    near, wanted = inputs[samples].to(working.device), outputs[samples].to(working.device)
+    masks = None if real is None else real[samples]
+    search_input_scales(static, lambda: _losses(working, near.clone(), wanted, masks, loss))
+
+
 def _set_up(
     working: WorkingBlock,
     schemes: Mapping[str, QuantScheme],
     starts: Mapping[str, tuple[Target, Rounding]],
+    static: Sequence[QuantizedInput],
     inputs: Tensor,
     outputs: Tensor,
     real: Tensor | None,
@@ -275,7 +310,8 @@ def _set_up(
         modules = {name: cast(nn.Linear, working.module.get_submodule(name)) for name in schemes}
         layers = {name: LayerState(modules[name], *starts[name], recipe, most_clip) for name in schemes}
         states = list(layers.values())
-        return layers, Steps(working, states, inputs, outputs, real, loss, shape)
+        learned = learned_scales(static, recipe.momentum) if recipe.iters and recipe.input_scale_lr else []
+        return layers, Steps(working, states, inputs, outputs, real, loss, shape, learned)
 
     # What steps cannot be told again. They hold on to samples and loss, so no other can have the address of these.
     samples = (inputs.data_ptr(), inputs.shape, outputs.data_ptr(), None if real is None else real.data_ptr())
@@ -287,13 +323,14 @@ def _set_up(
 
 
 def _rates(recipe: Recipe, kind: WeightType) -> Tensor:
-    """[steps, 2] float32: learning rates of offsets, in units, and of clips."""
+    """[steps, 3] float32: learning rates of offsets, in units, of clips, and of static scales of inputs."""
     rates = torch.tensor([recipe.learning_rate(step) for step in range(recipe.iters)], dtype=torch.float64)
+    of_inputs = rates * recipe.input_scale_lr
     if isinstance(kind, Integer) and kind.bits >= FINE_BITS:
-        rates *= recipe.fine_lr
+        rates = rates * recipe.fine_lr
     # Whole units of which the sum is right after every step, so that small rates at the end do not round to nothing.
     sums = (rates.cumsum(0) / OFFSET_UNIT).round()
-    return torch.stack([sums.diff(prepend=sums.new_zeros(1)), rates * recipe.scale_lr], dim=1).float()
+    return torch.stack([sums.diff(prepend=sums.new_zeros(1)), rates * recipe.scale_lr, of_inputs], dim=1).float()
 
 
 def sample_order(samples: int, shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:

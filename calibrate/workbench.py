@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from calibrate.activations import QuantizedInput
+from calibrate.activations import QuantizedInput, with_scales
 from calibrate.blocks import Block, copy_arguments, run_block, to_device
 from calibrate.chain import advance
 from calibrate.compilation import compiled
@@ -117,7 +117,7 @@ class WorkingBlock:
     @contextmanager
     def quantized_inputs(self, inputs: Mapping[str, QuantizedInput]) -> Iterator[None]:
         """`calibrate.linear.quantized_inputs`, with static scales in memory that stays where it is."""
-        with quantized_inputs(self.module, self._held(inputs)):
+        with quantized_inputs(self.module, with_scales(inputs, self._hold)):
             yield
 
     @contextmanager
@@ -135,16 +135,8 @@ class WorkingBlock:
         with fp8_matmuls(self.module, products):
             yield
 
-    def _held(self, inputs: Mapping[str, QuantizedInput]) -> dict[str, QuantizedInput]:
-        """The same, with the values of scales in our tensors; layers that share one go on to do so."""
-        held: dict[int, Tensor] = {}
-        for name, made in inputs.items():
-            if made.scale is not None and id(made.scale) not in held:
-                held[id(made.scale)] = self._scales.setdefault(name, made.scale.clone()).copy_(made.scale)
-        return {
-            name: made if made.scale is None else QuantizedInput(made.type, held[id(made.scale)])
-            for name, made in inputs.items()
-        }
+    def _hold(self, name: str, scale: Tensor) -> Tensor:
+        return self._scales.setdefault(name, scale.clone()).copy_(scale)
 
     def _load_wanted(self, block: Block) -> None:
         for name, layer in block.linears().items():

@@ -123,6 +123,35 @@ def test_every_scheme_with_quantized_activations_in_a_whole_model(
         assert torch.equal(scale, scales[name.replace("q_proj", "v_proj").replace("gate_proj", "up_proj")])
 
 
+@pytest.mark.parametrize(
+    ("scheme", "how", "low", "high"),
+    [
+        ("FP8_STATIC", {"recipe": "rtn"}, 1.0, 2.0),
+        ("NVFP4", {"recipe": "rtn"}, 0.5, 1.0),  # a divisor
+        ("FP8_STATIC", {"recipe": "autoround", "iters": 4, "lr": 0.02}, 0.9, 1.0),
+        ("NVFP4", {"recipe": "autoround", "iters": 2}, 1.0, 1.0),
+    ],
+)
+def test_static_scales_of_inputs_are_stored_as_they_were_tuned(
+    scheme: str, how: dict[str, Any], low: float, high: float, tmp_path: Path, demo_texts: list[str]
+) -> None:
+    common = {"scheme": scheme, "dataset": demo_texts, "nsamples": 16, "seqlen": 64}
+    calibrate(DEMO_MODEL, tmp_path / "plain", recipe="rtn", scale_search=False, **common)
+    report = calibrate(DEMO_MODEL, tmp_path / "tuned", **common, **{"batch_size": 2, **how})
+    suffixes = ("input_scale", "input_global_scale")
+    plain, tuned = (dict(read_tensors(tmp_path / name, suffixes)) for name in ("plain", "tuned"))
+    moved = [factor != 1 for block in report["blocks"] for factor in block["input_scales"].values()]
+    assert any(moved) == (low != high)
+    for index, block in enumerate(report["blocks"]):
+        factors = block["input_scales"]
+        assert len(factors) == 7
+        assert all(low <= factor <= high for factor in factors.values())
+        assert factors["self_attn.q_proj"] == factors["self_attn.v_proj"]
+        for name, factor in factors.items() if index == 0 else ():  # the others are fed something else
+            [stored] = (key for key in tuned if key.startswith(f"{block['name']}.{name}."))
+            assert tuned[stored].item() == pytest.approx(plain[stored].item() * factor, rel=1e-6)
+
+
 @pytest.mark.parametrize("kl_last_block", [False, True])
 def test_padding_counts_nowhere(tmp_path: Path, kl_last_block: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts of 24 tokens, padded to 40 and not: the same but for the signs of gradients near 0."""
@@ -148,8 +177,8 @@ def test_padding_counts_nowhere(tmp_path: Path, kl_last_block: bool, monkeypatch
     for name, scale in scales[0].items():
         if scale.dtype == torch.float32:  # of activations, and of weights that no step changes
             torch.testing.assert_close(scales[1][name], scale, rtol=0.01, atol=0.0, msg=name)
-    # Searched with the importance of what the head is fed.
-    assert (scales[0]["lm_head.weight_scale"] != scales[1]["lm_head.weight_scale"]).float().mean() < 0.01
+    # Searched with the importance of what the head is fed: rounding turns .03 of them at most, counted padding .6.
+    assert (scales[0]["lm_head.weight_scale"] != scales[1]["lm_head.weight_scale"]).float().mean() < 0.05
 
 
 def test_ignored_layers_stay_as_they_were(tmp_path: Path, demo_texts: list[str]) -> None:

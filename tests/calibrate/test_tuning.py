@@ -1,5 +1,6 @@
 """Tuning one block: it helps, it is reproducible, and what is not finite stops it by name."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from math import nan
 from typing import Any
@@ -9,11 +10,12 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
-from calibrate.activations import observe_inputs, quantized_inputs_of
+from calibrate.activations import QuantizedInput, observe_inputs, quantized_inputs_of
 from calibrate.blocks import capture_inputs, find_blocks, run_block
 from calibrate.chain import NonFiniteError, advance, relative_distance
 from calibrate.clock import Clock
 from calibrate.config import Recipe
+from calibrate.input_scales import search_input_scales
 from calibrate.layer_state import LayerState
 from calibrate.rounding import OFFSET_UNIT
 from calibrate.scale_descent import descends
@@ -196,6 +198,31 @@ def test_accumulated_batches_equal_one_large_batch() -> None:
         assert (weight.codes != whole.weights[name].codes).float().mean() < 1e-3  # signs of sums near zero may differ
 
 
+@pytest.mark.parametrize(("scheme", "scales"), [("FP8_STATIC", 4), ("NVFP4", 4), ("MXFP4", 0)])
+def test_static_scales_are_searched_on_samples_that_are_not_held_out(
+    scheme: str, scales: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searches = []
+
+    def search(static: list[QuantizedInput], losses: Callable[[], Tensor]) -> None:
+        searches.append((len(static), len(losses())))
+        search_input_scales(static, losses)
+
+    monkeypatch.setattr("calibrate.tuning.search_input_scales", search)
+    plain, searched = (
+        tune(0, scheme, heldout=2, recipe=replace(PLAIN, scale_search=search))[0] for search in (False, True)
+    )
+    assert searches == ([(scales, 6)] if scales else [])
+    assert searched.start != plain.start
+
+
+def test_learned_static_scales_go_back_with_their_block() -> None:
+    wild = replace(PLAIN, lr=1.0, input_scale_lr=1.0)
+    tuned, _, _ = tune(3, "FP8_STATIC", recipe=wild, heldout=2)
+    assert tuned.kept_start
+    assert tuned.tuned == tuned.start
+
+
 def test_accumulated_batches_of_padded_samples_count_tokens() -> None:
     """As many steps over one batch of all, whatever the lengths of the texts in either half."""
     real = torch.arange(24) < torch.tensor([2, 24, 3, 20, 24, 1, 9, 24])[:, None]
@@ -289,12 +316,13 @@ def test_every_sample_comes_once_before_any_comes_again() -> None:
 
 @pytest.mark.parametrize("iters", [1, 50, 200, 1000])
 def test_rates_are_whole_units_and_their_sum_is_that_of_the_schedule(iters: int) -> None:
-    recipe = replace(PLAIN, iters=iters, fine_lr=0.25, scale_lr=0.5)
-    offsets, clips = _rates(recipe, QuantScheme.parse("W3A16").weights).double().unbind(1)
+    recipe = replace(PLAIN, iters=iters, fine_lr=0.25, scale_lr=0.5, input_scale_lr=0.125)
+    offsets, clips, inputs = _rates(recipe, QuantScheme.parse("W3A16").weights).double().unbind(1)
     exact = torch.tensor([recipe.learning_rate(step) for step in range(iters)]).double()
     assert torch.equal(offsets, offsets.round())
     assert ((offsets.cumsum(0) * OFFSET_UNIT - exact.cumsum(0)).abs() <= 0.51 * OFFSET_UNIT).all()
     torch.testing.assert_close(clips, 0.5 * exact, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(inputs, 0.125 * exact, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize(("scheme", "share"), [("W4A16", 0.25), ("W8A16_ASYM", 0.25), ("W2A16", 1), ("MXFP4", 1)])

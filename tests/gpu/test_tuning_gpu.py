@@ -72,6 +72,19 @@ def test_a_recorded_step_used_by_all_blocks_equals_eager_steps_of_each(
     assert recorded.errors[0] < 0.97 * recorded.blocks[0].start.error
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_static_scales_that_steps_learn_are_recorded_with_them(
+    compile: bool, recordings: list[steps.Steps], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(RECIPE, scale_search=False, input_scale_lr=1.0)
+    recorded = tune("FP8_STATIC", recipe=recipe, compile=compile)
+    assert [len(made._scales) for made in recordings] == [4]
+    monkeypatch.setattr(steps, "GRAPHED", False)
+    assert_same(recorded, tune("FP8_STATIC", recipe=recipe, compile=compile, together=False))
+    unlearned = tune("FP8_STATIC", recipe=replace(recipe, input_scale_lr=0.0), compile=compile)
+    assert unlearned.errors != pytest.approx(recorded.errors, rel=1e-4)
+
+
 @pytest.mark.parametrize("scheme", EAGER)
 def test_steps_without_a_kernel_are_not_recorded_and_memory_used_again_changes_nothing(
     scheme: str, recordings: list[steps.Steps]

@@ -45,6 +45,10 @@ class ActivationType:
         scale = (amax.float() / self.grid.highest).clamp(min=_LEAST)
         return torch.where(amax > 0, scale, 1.0).reshape(1)
 
+    def widened(self, scalar: Tensor, factor: float) -> Tensor:
+        """The checkpoint's scalar [1] float32 for a largest magnitude ``factor`` times that which ``scalar`` is for."""
+        return scalar / factor if self.static == "input_global_scale" else scalar * factor
+
     def fake_quantize(self, x: Tensor, static: Tensor | None) -> Tensor:
         """x [..., K] -> the values that the layer multiplies by, in float32.
 
