@@ -18,6 +18,7 @@ from torch import Tensor
 from calibrate.activations import QuantizedInput
 
 _PARTS = 4  # that an octave is tried in
+_WORTH = 0.998  # of the loss: what gains less on some samples does not on others (benchmarks/NOTES.md)
 _LEAST = 2.0**-10  # a factor; a scale of 0 would divide by it
 
 
@@ -75,7 +76,7 @@ def search_input_scales(static: Sequence[QuantizedInput], losses: Callable[[], T
 
     A float grid at twice the scale is the same grid but for its ends, so an octave has all there is to choose from. It
     is the one upwards, where nothing saturates that did not before. What is better by luck is so on some samples only:
-    a scale moves if both halves of them agree.
+    a scale moves if both halves of them agree, and for more than a trifle.
 
     Args:
         losses: of the block as it is, of each sample [S].
@@ -84,13 +85,15 @@ def search_input_scales(static: Sequence[QuantizedInput], losses: Callable[[], T
     def halves() -> Tensor:
         return torch.stack([half.sum() for half in losses().chunk(2)])
 
-    least = halves()
+    now = halves()
     for made in static:
         scale = cast(Tensor, made.scale)
         start = best = scale.clone()
+        bar = _WORTH * now
         for part in range(1, _PARTS):
             scale.copy_(made.type.widened(start, 2 ** (part / _PARTS)))
             found = halves()
-            if (found < least).all():
-                least, best = found, scale.clone()
+            if (found < bar).all():
+                bar = now = found
+                best = scale.clone()
         scale.copy_(best)

@@ -47,6 +47,15 @@ def test_a_scale_that_suits_only_half_of_the_samples_stays() -> None:
     assert static[0].scale.item() == 0.5
 
 
+def test_a_scale_that_gains_a_trifle_stays() -> None:
+    static = [quantized(FP8, 0.5)]
+    of = losses(static, [0.5 * 2**0.5])  # .25 at first
+    search_input_scales(static, lambda: of() + 200)
+    assert static[0].scale.item() == 0.5
+    search_input_scales(static, lambda: of() + 50)
+    assert static[0].scale.item() == pytest.approx(0.5 * 2**0.5)
+
+
 def test_one_sample_is_enough_to_search() -> None:
     static = [quantized(FP8, 0.5)]
     of = losses(static, [0.5 * 2**0.75])
