@@ -33,7 +33,8 @@ from calibrate.blocks import Block, capture_inputs, find_blocks, run_block
 from calibrate.config import Recipe
 from calibrate.layer_state import LayerState
 from calibrate.rounding import MOST_CLIP, Gradients, Rounding, targets
-from calibrate.tuning import _rates, mean_squared_error, sample_order
+from calibrate.tuning import _rates, sample_order
+from calibrate.verdict import mean_squared_error
 from calibrate.workbench import Workbench, WorkingBlock
 from vllm_autoround.format.scheme import QuantScheme
 

@@ -1,6 +1,6 @@
 """Static scales of a block's inputs, tuned: by a search before the steps, or in each of them, as AutoRound does.
 
-Both start from the scale that the largest magnitude asks for. What a float grid loses hardly depends on its scale, but
+The largest magnitude says where they start. What a float grid loses hardly depends on its scale, but
 for luck: the largest values may happen to be near grid points. The gradient does not know that. Straight through the
 rounding, x^ = s round(x / s) has the slope (x^ - x) / s, and along x^ - x, an error, the loss rises: so whatever s is,
 it is to be smaller, until too much saturates. Our own recipes therefore search, and AutoRound's descend as it does
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from calibrate.activations import QuantizedInput
+from calibrate.config import Recipe
 
 _PARTS = 4  # that an octave is tried in
-_WORTH = 0.998  # of the loss: what gains less on some samples does not on others (benchmarks/NOTES.md)
+_WORTH = 0.998  # of the loss: less is as likely to be lost as gained on other samples (benchmarks/NOTES.md)
 _LEAST = 2.0**-10  # a factor; a scale of 0 would divide by it
 
 
@@ -64,8 +65,11 @@ def static_inputs(inputs: Mapping[str, QuantizedInput]) -> list[QuantizedInput]:
     return list({id(made.scale): made for made in inputs.values() if made.scale is not None}.values())
 
 
-def learned_scales(static: Sequence[QuantizedInput], momentum: float) -> list[InputScale]:
-    """Of `static_inputs` those that steps can learn: not NVFP4's, which only put dynamic ones in range."""
+def learned_scales(static: Sequence[QuantizedInput], recipe: Recipe) -> list[InputScale]:
+    """Of `static_inputs` what the steps of a recipe learn: not NVFP4's, which only put dynamic ones in range."""
+    if not (recipe.iters and recipe.input_scale_lr):
+        return []
+    momentum = recipe.momentum if recipe.optimizer == "signsgd" else 0.0
     whole = [made for made in static if made.type.group_size is None]
     return [InputScale(cast(Tensor, made.scale), momentum) for made in whole]
 
@@ -75,11 +79,11 @@ def search_input_scales(static: Sequence[QuantizedInput], losses: Callable[[], T
     """Move the scales of `static_inputs`, one after the other and in place, to where the block's loss is least.
 
     A float grid at twice the scale is the same grid but for its ends, so an octave has all there is to choose from. It
-    is the one upwards, where nothing saturates that did not before. What is better by luck is so on some samples only:
-    a scale moves if both halves of them agree, and for more than a trifle.
+    is the one upwards, where no value in FP8 saturates that did not before. What is better by luck is so on some
+    samples only: a scale moves if both halves of them agree, and for more than a trifle.
 
     Args:
-        losses: of the block as it is, of each sample [S].
+        losses: of the block as it is, of each sample [S]; at least 2, or there is one half.
     """
 
     def halves() -> Tensor:

@@ -116,8 +116,8 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class _Scaled(torch.autograd.Function):
-    """x^ with the gradient of x, and for its scale s [1] that of s round(x / s), straight through the rounding, or of
-    s ``highest`` where x saturates."""
+    """x^ for x and its scale s [1], with the gradients of s clamp(x / s, +-highest): the rounding's passes straight
+    through, where x saturates it is all the scale's."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, values: Tensor, highest: float) -> Tensor:
@@ -128,5 +128,6 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
         x, scale, values = (tensor.float() for tensor in ctx.saved_tensors)
-        passed = torch.where(x.abs() <= ctx.highest * scale, x, 0.0)
-        return grad, (grad.float() * (values - passed)).sum().reshape(1) / scale, None, None
+        inside = x.abs() <= ctx.highest * scale
+        of_scale = (grad.float() * (values - torch.where(inside, x, 0.0))).sum().reshape(1) / scale
+        return torch.where(inside, grad, 0.0), of_scale, None, None

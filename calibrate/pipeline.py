@@ -36,7 +36,8 @@ from calibrate.resident import install
 from calibrate.scale_descent import descends
 from calibrate.source import load_source
 from calibrate.tail import ModelTail
-from calibrate.tuning import TunedBlock, forward_in_fp8, mean_squared_error, tune_block
+from calibrate.tuning import TunedBlock, forward_in_fp8, tune_block
+from calibrate.verdict import mean_squared_error
 from calibrate.workbench import Loss, Workbench, WorkingBlock
 from vllm_autoround.format.scheme import QuantScheme
 from vllm_autoround.format.weights import QuantizedWeight

@@ -8,7 +8,8 @@ that is loaded into the same memory; nothing waits for the host.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -71,11 +72,32 @@ class Steps:
             on_step: called after every step.
             variant: of the block's forward; what was recorded for one serves no other.
         """
-        for layer in self._layers:
-            layer.module.weight.requires_grad_(True)
         for scale in self._scales:
             scale.load()
-            scale.scale.requires_grad_(True)
+        with self._learning():
+            self._run(order, rates, on_step, variant)
+
+    def restart(self) -> None:
+        """Everything that is learned back to its start."""
+        for layer in self._layers:
+            layer.restart()
+        for scale in self._scales:
+            scale.restart()
+
+    @contextmanager
+    def _learning(self) -> Iterator[list[Tensor]]:
+        """With gradients for what is learned inside the context; the weights."""
+        weights: list[Tensor] = [layer.module.weight for layer in self._layers]
+        learned = [*weights, *(scale.scale for scale in self._scales)]
+        for tensor in learned:
+            tensor.requires_grad_(True)
+        try:
+            yield weights
+        finally:
+            for tensor in learned:
+                tensor.requires_grad_(False)
+
+    def _run(self, order: Tensor, rates: Tensor, on_step: Callable[[], None], variant: str) -> None:
         if self._graphed and variant not in self._graphs:
             self._feed.start(order)
             self._graphs.clear()  # each has memory for a whole step
@@ -102,17 +124,6 @@ class Steps:
         while launched:
             _wait_for_oldest(launched)
             on_step()
-        for layer in self._layers:
-            layer.module.weight.requires_grad_(False)
-        for scale in self._scales:
-            scale.scale.requires_grad_(False)
-
-    def restart(self) -> None:
-        """Everything that is learned back to its start."""
-        for layer in self._layers:
-            layer.restart()
-        for scale in self._scales:
-            scale.restart()
 
     @torch.enable_grad()
     def gradients(self, picked: Tensor, *, compiled: bool) -> list[Tensor]:
@@ -121,18 +132,15 @@ class Steps:
         Args:
             compiled: by the code that a step runs, which is compiled for it if the block is; else by PyTorch's own.
         """
-        weights = [layer.module.weight.requires_grad_(True) for layer in self._layers]
         real = None if self._real is None else self._real.index_select(0, picked.to(self._real.device))
         block = self._working
         samples = self._feed.samples(picked)
-        if compiled:
-            error = block.loss_of(self._loss, samples, real)
-        else:
-            error = loss_of_block(run_block, block.module, block.arguments, self._loss, samples, real)
-        found = torch.autograd.grad(error, weights)
-        for weight in weights:
-            weight.requires_grad_(False)
-        return list(found)
+        with self._learning() as weights:
+            if compiled:
+                error = block.loss_of(self._loss, samples, real)
+            else:
+                error = loss_of_block(run_block, block.module, block.arguments, self._loss, samples, real)
+            return list(torch.autograd.grad(error, weights))
 
     def _one_step(self) -> None:
         for batch, share in enumerate(self._shares()):

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite, nan
-from typing import NamedTuple, cast
+from math import isfinite
+from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calibrate.activations import InputStatistics, QuantizedInput
 from calibrate.blocks import token_parts
-from calibrate.chain import NonFiniteError, first_non_finite, relative_distance
+from calibrate.chain import NonFiniteError, first_non_finite
 from calibrate.clock import Clock
 from calibrate.config import FINE_BITS, Recipe
 from calibrate.fp8_matmul import fits_fp8, has_fp8, is_exact
@@ -32,24 +31,12 @@ from calibrate.rounding import MOST_CLIP, OFFSET_UNIT, Rounding, Target, freeze,
 from calibrate.scale_descent import descend_scales, descends
 from calibrate.scale_search import search_scales
 from calibrate.steps import Steps
+from calibrate.verdict import Verdict, judge_block, mean_squared_error, sample_losses
 from calibrate.workbench import Loss, WorkingBlock
 from vllm_autoround.format.scheme import QuantScheme
 from vllm_autoround.format.weights import Integer, QuantizedWeight, WeightType
 
-
-def mean_squared_error(output: Tensor, target: Tensor, real: Tensor | None = None) -> Tensor:
-    """In float32, over all elements [B, T, H] of the tokens ``real`` [B, T]; None: of all."""
-    if real is None:
-        return F.mse_loss(output.float(), target.float())
-    squares = (output.float() - target.float()).square().mean(-1)
-    return torch.where(real, squares, 0.0).sum() / real.sum()
-
-
-class Verdict(NamedTuple):
-    """How good a block is, on the held-out samples."""
-
-    error: float  # relative squared error of its output
-    loss: float  # of the objective that it is tuned on
+_LEAST_TRIED = 2  # samples, so that `search_input_scales` has two halves
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +93,7 @@ def tune_block(
 
     def judge() -> tuple[Verdict, Tensor]:
         with clock.phase("verdict"), working.fp8_matmuls(forward_in_fp8(schemes) if in_fp8 else {}):
-            return _judge(working, inputs[judges], outputs[judges], None if real is None else real[judges], loss)
+            return judge_block(working, inputs[judges], outputs[judges], None if real is None else real[judges], loss)
 
     if not schemes:
         start, made = judge()
@@ -210,35 +197,6 @@ def _gptq(name: str, target: Target, start: Rounding, statistics: InputStatistic
         raise NonFiniteError(f"{name}: {error}") from error
 
 
-def _judge(
-    working: WorkingBlock, inputs: Tensor, outputs: Tensor, real: Tensor | None, loss: Loss
-) -> tuple[Verdict, Tensor]:
-    """The block as it is, given its inputs and what should come out, [S, T, H], and what does; NaN if that is not
-    finite."""
-    made = inputs.clone()
-    try:
-        losses = _losses(working, made, outputs, real, loss)
-    except NonFiniteError:
-        return Verdict(nan, nan), made
-    return Verdict(relative_distance(made, outputs, real), losses.sum().item()), made
-
-
-@torch.no_grad()
-def _losses(working: WorkingBlock, hidden: Tensor, outputs: Tensor, real: Tensor | None, loss: Loss) -> Tensor:
-    """Each sample's part of the mean loss over all tokens that count, [S] float64.
-
-    Args:
-        hidden: [S, T, H], the block's inputs; becomes its outputs.
-        outputs: what should come out.
-    """
-    working.advance(hidden)
-    masks = [None] * len(hidden) if real is None else real.split(1)
-    samples = zip(hidden.split(1), outputs.split(1), masks, strict=True)
-    losses = [loss(mine.to(working.device), theirs.to(working.device), mask) for mine, theirs, mask in samples]
-    tokens = torch.ones(len(hidden)) if real is None else real.sum(1)
-    return torch.stack(losses).double() * (tokens / tokens.sum()).to(working.device)
-
-
 def _check_start(start: Verdict, working: WorkingBlock, inputs: Tensor) -> None:
     """A block that is not finite before tuning will not be after it, and its outputs must go nowhere."""
     if not isfinite(start.loss):
@@ -284,11 +242,11 @@ def _search_input_scales(
     heldout: int,
     loss: Loss,
 ) -> None:
-    """On as many samples as a forward takes at once: code for their shape is compiled already."""
-    samples = slice(min(len(token_parts(inputs)[0]), len(inputs) - heldout))
+    """On as many samples as the chain takes at once, a shape that code is compiled for anyway; two at least."""
+    samples = slice(min(max(len(token_parts(inputs)[0]), _LEAST_TRIED), len(inputs) - heldout))
     near, wanted = inputs[samples].to(working.device), outputs[samples].to(working.device)
     masks = None if real is None else real[samples]
-    search_input_scales(static, lambda: _losses(working, near.clone(), wanted, masks, loss))
+    search_input_scales(static, lambda: sample_losses(working, near.clone(), wanted, masks, loss))
 
 
 def _set_up(
@@ -310,7 +268,7 @@ def _set_up(
         modules = {name: cast(nn.Linear, working.module.get_submodule(name)) for name in schemes}
         layers = {name: LayerState(modules[name], *starts[name], recipe, most_clip) for name in schemes}
         states = list(layers.values())
-        learned = learned_scales(static, recipe.momentum) if recipe.iters and recipe.input_scale_lr else []
+        learned = learned_scales(static, recipe)
         return layers, Steps(working, states, inputs, outputs, real, loss, shape, learned)
 
     # What steps cannot be told again. They hold on to samples and loss, so no other can have the address of these.

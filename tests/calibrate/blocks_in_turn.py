@@ -16,7 +16,8 @@ from calibrate.chain import relative_distance
 from calibrate.clock import Clock
 from calibrate.config import Recipe
 from calibrate.tail import ModelTail
-from calibrate.tuning import TunedBlock, forward_in_fp8, mean_squared_error, tune_block
+from calibrate.tuning import TunedBlock, forward_in_fp8, tune_block
+from calibrate.verdict import mean_squared_error
 from calibrate.workbench import Workbench
 from vllm_autoround.format.scheme import QuantScheme
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from calibrate.activations import QuantizedInput
+from calibrate.config import Recipe
 from calibrate.input_scales import InputScale, learned_scales, search_input_scales, static_inputs
 from calibrate.linear import make_working, quantized_inputs
 from vllm_autoround.format import activations
@@ -73,7 +75,10 @@ def test_a_scale_of_several_layers_counts_once_and_a_dynamic_one_not_at_all() ->
     }
     static = static_inputs(inputs)
     assert [made.scale for made in static] == [shared, inputs["o_proj"].scale]
-    assert [learned.scale for learned in learned_scales(static, 0.0)] == [shared]
+    recipe = Recipe(iters=1, batch_size=1, input_scale_lr=1.0)
+    assert [learned.scale for learned in learned_scales(static, recipe)] == [shared]
+    assert not learned_scales(static, replace(recipe, iters=0))
+    assert not learned_scales(static, replace(recipe, input_scale_lr=0.0))
 
 
 def straight_through(x: Tensor, scale: Tensor) -> Tensor:
@@ -88,7 +93,7 @@ def test_the_gradient_of_a_shared_scale_is_autorounds(compiled: bool) -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
     layers = make_working(torch.nn.ModuleDict({n: torch.nn.Linear(64, 16, bias=False) for n in ("q", "k")}))
-    x, scale = torch.randn(24, 64), torch.tensor([2.0 / 448])  # some 5 % of the values saturate
+    x, scale = torch.randn(24, 64, requires_grad=True), torch.tensor([2.0 / 448])  # some 5 % of the values saturate
     target = torch.randn(24, 32)
 
     def forward(x: Tensor) -> Tensor:
@@ -101,12 +106,15 @@ def test_the_gradient_of_a_shared_scale_is_autorounds(compiled: bool) -> None:
         scale.requires_grad_(True)
         values = run(x)
         (values - target).square().sum().backward()
+    mine, x.grad = x.grad, None
     torch.testing.assert_close(values, plain)
     theirs = scale.detach().clone().requires_grad_(True)
     expected = torch.cat([straight_through(x, theirs) @ layer.weight.T for layer in layers.values()], -1)
     (expected - target).square().sum().backward()
     torch.testing.assert_close(values, expected)
     torch.testing.assert_close(scale.grad, theirs.grad)
+    torch.testing.assert_close(mine, x.grad)
+    assert (mine == 0).any()
 
 
 def test_a_learned_scale_is_a_factor_of_its_start_and_goes_back_to_it() -> None:

@@ -13,7 +13,7 @@ from calibrate.layer_state import LayerState
 from calibrate.precision import fp8_suffices
 from calibrate.rounding import Rounding, targets
 from calibrate.steps import Steps
-from calibrate.tuning import mean_squared_error
+from calibrate.verdict import mean_squared_error
 from calibrate.workbench import WorkingBlock
 from tests.calibrate.conftest import COMMON, make_model
 from vllm_autoround.format.scheme import QuantScheme

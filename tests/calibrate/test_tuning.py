@@ -21,14 +21,12 @@ from calibrate.rounding import OFFSET_UNIT
 from calibrate.scale_descent import descends
 from calibrate.tuning import (
     TunedBlock,
-    Verdict,
     _in_fp8,
-    _judge,
     _rates,
-    mean_squared_error,
     sample_order,
     tune_block,
 )
+from calibrate.verdict import Verdict, judge_block, mean_squared_error, sample_losses
 from calibrate.workbench import Workbench, WorkingBlock
 from tests.calibrate.conftest import COMMON, make_model
 from vllm_autoround.format.scheme import QuantScheme
@@ -202,18 +200,38 @@ def test_accumulated_batches_equal_one_large_batch() -> None:
 def test_static_scales_are_searched_on_samples_that_are_not_held_out(
     scheme: str, scales: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    searches = []
+    searches: list[int] = []
+    tried: list[Tensor] = []
+    judged: list[Tensor] = []
 
     def search(static: list[QuantizedInput], losses: Callable[[], Tensor]) -> None:
-        searches.append((len(static), len(losses())))
+        searches.append(len(static))
         search_input_scales(static, losses)
 
-    monkeypatch.setattr("calibrate.tuning.search_input_scales", search)
-    plain, searched = (
-        tune(0, scheme, heldout=2, recipe=replace(PLAIN, scale_search=search))[0] for search in (False, True)
-    )
-    assert searches == ([(scales, 6)] if scales else [])
-    assert searched.start != plain.start
+    def losses(working: WorkingBlock, hidden: Tensor, *others: Any) -> Tensor:
+        tried.append(hidden.clone())
+        return sample_losses(working, hidden, *others)
+
+    def judge(working: WorkingBlock, inputs: Tensor, *others: Any) -> tuple[Verdict, Tensor]:
+        judged.append(inputs.clone())
+        return judge_block(working, inputs, *others)
+
+    for name, replacement in (("search_input_scales", search), ("sample_losses", losses), ("judge_block", judge)):
+        monkeypatch.setattr(f"calibrate.tuning.{name}", replacement)
+    tune(0, scheme, heldout=2, recipe=replace(PLAIN, scale_search=True))
+    assert searches == ([scales] if scales else [])
+    assert bool(tried) == bool(scales)
+    for samples in tried:
+        assert len(samples) == 6
+        assert not (samples[:, None] == judged[0]).flatten(2).all(-1).any()
+
+
+def test_static_scales_are_searched_on_two_samples_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("calibrate.blocks._PART_TOKENS", 24)  # one sample at once
+    monkeypatch.setattr("calibrate.tuning.search_input_scales", lambda _, losses: sizes.append(len(losses())))
+    sizes: list[int] = []
+    tune(0, "FP8_STATIC", heldout=2, recipe=replace(PLAIN, scale_search=True))
+    assert sizes == [2]
 
 
 def test_learned_static_scales_go_back_with_their_block() -> None:
@@ -235,7 +253,7 @@ def test_accumulated_batches_of_padded_samples_count_tokens() -> None:
 
 def test_a_result_that_is_not_finite_on_the_held_out_samples_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     verdicts = iter([Verdict(0.1, 0.1), Verdict(nan, nan), Verdict(0.1, 0.1)])
-    monkeypatch.setattr("calibrate.tuning._judge", lambda *args: (next(verdicts), _judge(*args)[1]))
+    monkeypatch.setattr("calibrate.tuning.judge_block", lambda *args: (next(verdicts), judge_block(*args)[1]))
     tuned, _, _ = tune(3, heldout=2)
     assert tuned.kept_start
     assert tuned.tuned.loss == 0.1
@@ -246,9 +264,9 @@ def test_rounding_is_judged_once_and_cannot_be_worse_than_itself(monkeypatch: py
 
     def judge(*args: Any) -> tuple[Verdict, Tensor]:
         judged.append(1)
-        return Verdict(1.0, float(len(judged))), _judge(*args)[1]
+        return Verdict(1.0, float(len(judged))), judge_block(*args)[1]
 
-    monkeypatch.setattr("calibrate.tuning._judge", judge)
+    monkeypatch.setattr("calibrate.tuning.judge_block", judge)
     rounded, _, _ = tune(0, heldout=2)
     assert not rounded.kept_start
     assert len(judged) == 1
