@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
+from benchmarks.paired import RIGHT, WRONG
 from calibrate.activations import QuantizedInput
 from calibrate.blocks import find_blocks
 from calibrate.linear import make_working, quantized_inputs
@@ -133,25 +134,24 @@ def divergence(model: PreTrainedModel, original: PreTrainedModel, windows: Tenso
     return total / windows.numel()
 
 
-def accuracy(
+def answer_all(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: list[Problem],
     problems: list[Problem],
     *,
     batch_size: int,
-) -> float:
-    """Share of the problems whose greedy answer, after the examples, ends in the right number."""
+) -> str:
+    """`RIGHT` or `WRONG` for each problem: whether the greedy answer, after the examples, ends in the right number."""
     shots = "".join(f"Question: {example['question']}\nAnswer: {example['answer']}\n\n" for example in examples)
-    right = 0
+    marks = ""
     for begin in range(0, len(problems), batch_size):
         part = problems[begin : begin + batch_size]
         prompts = [f"{shots}Question: {problem['question']}\nAnswer:" for problem in part]
         answers = generate(model, tokenizer, prompts)
-        right += sum(
-            _number(answer) == _number(problem["answer"]) for answer, problem in zip(answers, part, strict=True)
-        )
-    return right / len(problems)
+        for answer, problem in zip(answers, part, strict=True):
+            marks += RIGHT if _number(answer) == _number(problem["answer"]) else WRONG
+    return marks
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@
         --schemes W4A16 W3A16 W2A16G64 FP8_STATIC NVFP4 MXFP4 --recipes rtn default
 
 Every checkpoint is written, read back and judged as it is served: weights dequantized, activations quantized where the
-scheme says so. Exit status 1 when a checkpoint of ours misses --max-ppl or --min-accuracy.
+scheme says so. Exit status 1 when a checkpoint of ours misses --max-ppl, --min-accuracy or --margin.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.evaluation import (
     Problem,
-    accuracy,
+    answer_all,
     check_levels,
     divergence,
     forget,
@@ -33,6 +33,7 @@ from benchmarks.evaluation import (
     read_windows,
     served_model,
 )
+from benchmarks.paired import RIGHT, difference
 from benchmarks.peer import run_auto_round
 from benchmarks.provenance import RESULTS, write_result
 from benchmarks.variants import HELP, recipe_of, variant
@@ -59,7 +60,25 @@ class Row:
     ppl: float
     kl: float  # nats a token, from the original
     accuracy: float
+    answers: str  # of each problem, right or wrong; see benchmarks.paired
     seconds: float | None = None  # to quantize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Of our accuracy with auto-round's, on the same problems."""
+
+    scheme: str
+    weights: str
+    peer: str
+    seeds: list[int | None]
+    mean: float  # by how much ours is higher
+    lower: float  # with 95 % confidence by more than this
+
+    def __str__(self) -> str:
+        """A line of the table."""
+        line = f"{self.scheme}, {self.weights} beside {self.peer}: accuracy {self.mean:+.4f}"
+        return f"{line}, above {self.lower:+.4f} with 95 % confidence"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +101,15 @@ class Contest:
                 kind = QuantScheme.parse(scheme).weights
                 if isinstance(kind, Integer):
                     check_levels(model, kind.bits, kind.group_size)
+            answers = answer_all(model, self.tokenizer, self.examples, self.problems, batch_size=self.batch_size)
             row = Row(
                 scheme=scheme,
                 weights=weights,
                 seed=seed,
                 ppl=perplexity(model, self.windows),
                 kl=divergence(model, self.original, self.windows),
-                accuracy=accuracy(model, self.tokenizer, self.examples, self.problems, batch_size=self.batch_size),
+                accuracy=answers.count(RIGHT) / len(answers),
+                answers=answers,
                 seconds=seconds,
             )
         print(_line(row), file=sys.stderr, flush=True)
@@ -141,8 +162,12 @@ def main() -> int:
     with served_model(args.model, None, device) as original:
         contest = Contest(args.model, original, device, tokenizer, windows, examples, problems, args.batch_size)
         rows = list(_rows(args, contest))
-    print(_table(rows))
-    misses = list(_misses(rows, dict(args.max_ppl), dict(args.min_accuracy)))
+    comparisons = list(_comparisons(rows))
+    print(_table(rows, comparisons))
+    misses = [
+        *_misses(rows, dict(args.max_ppl), dict(args.min_accuracy)),
+        *_inferior(comparisons, args.margin),
+    ]
     payload = {
         "protocol": {
             "model": args.model.name,
@@ -153,6 +178,7 @@ def main() -> int:
             "shots": _SHOTS,
         },
         "rows": [asdict(row) for row in rows],
+        "accuracy_beside_auto_round": [asdict(comparison) for comparison in comparisons],
         "misses": misses,
     }
     print(f"\nwritten to {write_result(args.name, payload, args.results)}")
@@ -212,9 +238,31 @@ def _misses(rows: list[Row], max_ppl: Mapping[str, float], min_accuracy: Mapping
                 yield f"{scheme}, {last}: {mean:.3f} misses the limit {limit}"
 
 
-def _table(rows: list[Row]) -> str:
+def _inferior(comparisons: list[Comparison], margin: float | None) -> Iterator[str]:
+    """A line for every scheme in which the last recipe's accuracy may be lower than auto-round's by ``margin``."""
+    last = comparisons[-1].weights if comparisons else ""
+    for comparison in comparisons:
+        if margin is not None and comparison.weights == last and comparison.lower <= -margin:
+            yield f"{comparison}, not above -{margin}"
+
+
+def _comparisons(rows: list[Row]) -> Iterator[Comparison]:
+    """Each of our recipes beside the last of auto-round's, by scheme, on the seeds that both have."""
+    answers: dict[tuple[str, str], dict[int | None, str]] = {}
+    for row in rows:
+        answers.setdefault((row.scheme, row.weights), {})[row.seed] = row.answers
+    peers = {scheme: weights for scheme, weights in answers if weights.startswith("auto-round")}
+    for (scheme, weights), ours in answers.items():
+        if scheme in peers and weights.startswith("ours"):
+            theirs = answers[scheme, peers[scheme]]
+            if seeds := [seed for seed in ours if seed in theirs]:
+                found = difference([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds])
+                yield Comparison(scheme=scheme, weights=weights, peer=peers[scheme], seeds=seeds, **asdict(found))
+
+
+def _table(rows: list[Row], comparisons: list[Comparison]) -> str:
     head = f"{'scheme':<14}{'weights':<26}{'seed':>6}{'ppl':>9}{'KL':>9}{'accuracy':>10}{'seconds':>9}"
-    return "\n".join([head, *map(_line, rows)])
+    return "\n".join([head, *map(_line, rows), *map(str, comparisons)])
 
 
 def _line(row: Row) -> str:
@@ -264,9 +312,15 @@ def _parse() -> argparse.Namespace:
     demand.add_argument(
         "--min-accuracy", type=_limit, nargs="+", default=[], metavar="SCHEME:SHARE", help="e.g. W3A16:.98"
     )
+    demand.add_argument(
+        "--margin", type=float, metavar="SHARE", help="accuracy non-inferior to auto-round's, paired, e.g. .02"
+    )
     parser.add_argument("--name", default="quality", help="of the result file (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.limit is not None and args.limit < 2:
+        parser.error(f"--limit is {args.limit}; two problems are the least that can be compared")
+    return args
 
 
 if __name__ == "__main__":
