@@ -33,7 +33,7 @@ from benchmarks.evaluation import (
     read_windows,
     served_model,
 )
-from benchmarks.paired import RIGHT, difference
+from benchmarks.paired import RIGHT, Difference, difference
 from benchmarks.peer import run_auto_round
 from benchmarks.provenance import RESULTS, write_result
 from benchmarks.variants import HELP, recipe_of, variant
@@ -72,13 +72,12 @@ class Comparison:
     weights: str
     peer: str
     seeds: list[int | None]
-    mean: float  # by how much ours is higher
-    lower: float  # with 95 % confidence by more than this
+    difference: Difference  # by how much ours is higher
 
     def __str__(self) -> str:
         """A line of the table."""
-        line = f"{self.scheme}, {self.weights} beside {self.peer}: accuracy {self.mean:+.4f}"
-        return f"{line}, above {self.lower:+.4f} with 95 % confidence"
+        line = f"{self.scheme}, {self.weights} beside {self.peer}: accuracy {self.difference.mean:+.4f}"
+        return f"{line}, above {self.difference.lower:+.4f} with 95 % confidence"
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,10 +163,9 @@ def main() -> int:
         rows = list(_rows(args, contest))
     comparisons = list(_comparisons(rows))
     print(_table(rows, comparisons))
-    misses = [
-        *_misses(rows, dict(args.max_ppl), dict(args.min_accuracy)),
-        *_inferior(comparisons, args.margin),
-    ]
+    misses = list(_misses(rows, dict(args.max_ppl), dict(args.min_accuracy)))
+    if args.margin is not None:
+        misses += _inferior(rows, comparisons, args.margin)
     payload = {
         "protocol": {
             "model": args.model.name,
@@ -225,7 +223,7 @@ def _recipes(args: argparse.Namespace) -> dict[str, Recipe]:
 
 def _misses(rows: list[Row], max_ppl: Mapping[str, float], min_accuracy: Mapping[str, float]) -> Iterator[str]:
     """A line for every limit on the last recipe's mean over seeds that is missed, or that no row was measured for."""
-    last = next(row.weights for row in reversed(rows) if row.weights.startswith("ours"))
+    last = _last_recipe(rows)
     for limits, value_of, missed in (
         (max_ppl, lambda row: row.ppl, lambda value, limit: value > limit),
         (min_accuracy, lambda row: row.accuracy, lambda value, limit: value < limit),
@@ -238,12 +236,20 @@ def _misses(rows: list[Row], max_ppl: Mapping[str, float], min_accuracy: Mapping
                 yield f"{scheme}, {last}: {mean:.3f} misses the limit {limit}"
 
 
-def _inferior(comparisons: list[Comparison], margin: float | None) -> Iterator[str]:
-    """A line for every scheme in which the last recipe's accuracy may be lower than auto-round's by ``margin``."""
-    last = comparisons[-1].weights if comparisons else ""
-    for comparison in comparisons:
-        if margin is not None and comparison.weights == last and comparison.lower <= -margin:
-            yield f"{comparison}, not above -{margin}"
+def _inferior(rows: list[Row], comparisons: list[Comparison], margin: float) -> Iterator[str]:
+    """A line for every scheme in which the last recipe's accuracy may be lower than auto-round's by ``margin``, or was
+    not compared with it."""
+    last = _last_recipe(rows)
+    compared = {made.scheme: made for made in comparisons if made.weights == last}
+    for scheme in dict.fromkeys(row.scheme for row in rows if row.weights == last):
+        if scheme not in compared:
+            yield f"{scheme}, {last}: no row of auto-round's has its seeds; add some by --peer-iters"
+        elif compared[scheme].difference.lower <= -margin:
+            yield f"{compared[scheme]}, not above -{margin}"
+
+
+def _last_recipe(rows: list[Row]) -> str:
+    return next(row.weights for row in reversed(rows) if row.weights.startswith("ours"))
 
 
 def _comparisons(rows: list[Row]) -> Iterator[Comparison]:
@@ -257,7 +263,7 @@ def _comparisons(rows: list[Row]) -> Iterator[Comparison]:
             theirs = answers[scheme, peers[scheme]]
             if seeds := [seed for seed in ours if seed in theirs]:
                 found = difference([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds])
-                yield Comparison(scheme=scheme, weights=weights, peer=peers[scheme], seeds=seeds, **asdict(found))
+                yield Comparison(scheme=scheme, weights=weights, peer=peers[scheme], seeds=seeds, difference=found)
 
 
 def _table(rows: list[Row], comparisons: list[Comparison]) -> str:

@@ -116,8 +116,8 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class _Scaled(torch.autograd.Function):
-    """x^ for x and its scale s [1], with the gradients of s clamp(x / s, +-highest): the rounding's passes straight
-    through, where x saturates it is all the scale's."""
+    """x^ for x [..., K] and its scale s [1], with the gradients of s clamp(x / s, +-highest): the rounding's passes
+    straight through, where x saturates it is all the scale's."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, values: Tensor, highest: float) -> Tensor:

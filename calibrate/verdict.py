@@ -32,7 +32,11 @@ def judge_block(
     working: WorkingBlock, inputs: Tensor, outputs: Tensor, real: Tensor | None, loss: Loss
 ) -> tuple[Verdict, Tensor]:
     """The block as it is, given its inputs and what should come out, [S, T, H], and what does; NaN if that is not
-    finite."""
+    finite.
+
+    Args:
+        real: [S, T] bool, the tokens that count; None: all.
+    """
     made = inputs.clone()
     try:
         losses = sample_losses(working, made, outputs, real, loss)
@@ -47,7 +51,8 @@ def sample_losses(working: WorkingBlock, hidden: Tensor, outputs: Tensor, real: 
 
     Args:
         hidden: [S, T, H], the block's inputs; becomes its outputs.
-        outputs: what should come out.
+        outputs: [S, T, H], what should come out.
+        real: [S, T] bool, the tokens that count; None: all.
     """
     working.advance(hidden)
     masks = [None] * len(hidden) if real is None else real.split(1)

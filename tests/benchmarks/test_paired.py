@@ -54,9 +54,11 @@ def test_each_recipe_is_compared_with_the_last_of_the_peers_on_common_seeds() ->
     rtn, default = _comparisons(rows)
     assert (rtn.weights, default.weights) == ("ours, rtn", "ours, default")
     assert (default.peer, default.seeds) == ("auto-round, 200", [42])
-    assert default.mean == pytest.approx(-0.01)
-    assert -0.02 < default.lower < -0.01
-    assert not list(_inferior([rtn, default], 0.02))  # `rtn` is, but was not the last
-    [miss] = _inferior([rtn, default], 0.015)
+    assert default.difference.mean == pytest.approx(-0.01)
+    assert -0.02 < default.difference.lower < -0.01
+    compared = rows[:-1]
+    assert not list(_inferior(compared, [rtn, default], 0.02))  # `rtn` is, but was not the last
+    [miss] = _inferior(compared, [rtn, default], 0.015)
     assert miss.startswith("W4A16, ours, default beside auto-round, 200: accuracy -0.0100, above -0.0182")
-    assert not list(_inferior([rtn, default], None))
+    [miss] = _inferior(rows, [rtn, default], 0.02)
+    assert miss.startswith("W2A16, ours, default: no row of auto-round's")
